@@ -1,0 +1,147 @@
+"""Show what a GGUF file holds: metadata, tokenizer, tensors by type.
+
+Only headers are read, so it takes no time, however large the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+from math import prod
+from typing import TYPE_CHECKING
+
+from . import output
+
+if TYPE_CHECKING:
+    from fractions import Fraction
+
+    from ..gguf import GgufFile
+    from ..inspection.files import FileSummary, MetadataRow, TensorGroup, TokenizerSummary
+
+EXAMPLES = (
+    "llmkit inspect model.gguf",
+    "llmkit inspect model.gguf --metadata",
+    "llmkit inspect model.gguf --tensors | grep ffn_down",
+    "llmkit inspect model.gguf --json",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's own options."""
+    parser.add_argument("file", metavar="FILE.gguf", help="a GGUF file, or the first part of a split one")
+    parser.add_argument("--metadata", action="store_true", help="show every metadata key instead")
+    parser.add_argument("--tensors", action="store_true", help="show every tensor instead")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read the header and show it."""
+    from .. import gguf
+    from ..inspection import files
+
+    file = gguf.read(args.file)
+    if args.json:
+        everything = {"summary": files.summary(file), "metadata": files.metadata(file), "tensors": _tensor_rows(file)}
+        output.emit_json(everything)
+        return 0
+    if args.metadata:
+        _show_metadata(files.metadata(file))
+    if args.metadata and args.tensors:
+        output.emit()
+    if args.tensors:
+        _show_tensors(file)
+    if not (args.metadata or args.tensors):
+        _show_summary(files.summary(file))
+    return 0
+
+
+def _tensor_rows(file: GgufFile) -> list[dict[str, object]]:
+    return [
+        {"name": info.name, "shape": info.shape, "type": info.type.name, "nbytes": info.nbytes}
+        for info in file.tensors.values()
+    ]
+
+
+def _show_summary(summary: FileSummary) -> None:
+    rows: list[tuple[str, object]] = [
+        ("file", summary.path if summary.parts == 1 else f"{summary.path} and {summary.parts - 1} more parts"),
+        ("size", output.size(summary.nbytes)),
+        ("name", summary.name or "-"),
+        ("architecture", summary.architecture or "-"),
+        ("quant", summary.quant or "-"),
+        ("weights", f"{summary.weights:,}"),
+        ("bits per weight", _bits(summary.bits_per_weight)),
+    ]
+    rows += [(word, _numbers(value)) for word, value in summary.shape.items()]
+    output.table(("model", ""), rows)
+    output.emit()
+    if summary.tokenizer:
+        output.table(("tokenizer", ""), _tokenizer_rows(summary.tokenizer))
+        output.emit()
+    if not summary.by_type:
+        output.emit("The file holds no tensors.")
+        return
+    _show_groups("type", summary.by_type)
+    output.emit()
+    _show_groups("role", summary.by_role)
+    if summary.tied:
+        output.emit("The output uses the token embeddings (tied).")
+    output.next_command(f"llmkit chat {output.shell_word(summary.path)}")
+
+
+def _show_groups(title: str, groups: tuple[TensorGroup, ...]) -> None:
+    headers = (title, "tensors", "weights", "size", "bits per weight", "types")
+    rows = [
+        (g.name, g.tensors, f"{g.weights:,}", output.size(g.nbytes), _bits(g.bits_per_weight), " ".join(g.types))
+        for g in groups
+    ]
+    columns = len(headers) if title != "type" else -1  # a type's types are itself
+    output.table(headers[:columns], [row[:columns] for row in rows], "lrrrrl")
+
+
+def _tokenizer_rows(tokenizer: TokenizerSummary) -> list[tuple[str, object]]:
+    yes_no = {True: "yes", False: "no", None: "not said"}
+    rows: list[tuple[str, object]] = [
+        ("model", tokenizer.model + (f", pre-tokenizer {tokenizer.pre}" if tokenizer.pre else "")),
+        ("tokens", f"{tokenizer.tokens:,}"),
+    ]
+    if tokenizer.types:
+        rows.append(("of type", ", ".join(f"{count:,} {name}" for name, count in tokenizer.types.items())))
+    if tokenizer.merges:
+        rows.append(("merges", f"{tokenizer.merges:,}"))
+    for token in tokenizer.special:
+        text = "(outside the vocabulary)" if token.text is None else token.text
+        rows.append((token.role, f"{token.id}  {text}"))
+    rows.append(("adds bos, eos", f"{yes_no[tokenizer.adds_bos]}, {yes_no[tokenizer.adds_eos]}"))
+    for template in tokenizer.templates:
+        style = template.style or "its own format"
+        rows.append(("chat template", f"{template.name}: {style}, {template.characters:,} characters"))
+    if not tokenizer.templates:
+        rows.append(("chat template", "none"))
+    return rows
+
+
+def _show_metadata(rows: tuple[MetadataRow, ...]) -> None:
+    shown = []
+    for row in rows:
+        value = str(row.value)
+        if row.count is not None:
+            more = row.count - len(row.value)
+            value = value[:-1] + (f", … {more:,} more]" if more else "]")
+        shown.append((row.key, row.type, output.one_line(value, 100)))
+    output.table(("key", "type", "value"), shown)
+
+
+def _show_tensors(file: GgufFile) -> None:
+    rows = [
+        (info.name, " × ".join(map(str, info.shape)), info.type.name, f"{prod(info.shape):,}", output.size(info.nbytes))
+        for info in file.tensors.values()
+    ]
+    output.table(("tensor", "shape", "type", "weights", "size"), rows, "lllrr")
+
+
+def _bits(value: Fraction | None) -> str:
+    return "-" if value is None else f"{float(value):.2f}"
+
+
+def _numbers(value: object) -> str:
+    return " or ".join(f"{number:,}" for number in value) if isinstance(value, list) else f"{value:,}"

@@ -1,0 +1,137 @@
+"""The frame of the command line: finds the verb, runs it, turns errors into exit codes.
+
+A verb is a module of this package with a docstring (its first line is the help), `add_arguments(parser)`,
+`run(args) -> int`, and EXAMPLES; KEPT, if there, says what an interruption leaves behind. Only the module of
+the chosen verb is imported, so that `llmkit --help` answers at once.
+
+Exit codes: 0 done, 1 an LlmkitError (or a bug, with its traceback), 2 usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+from .. import __version__
+
+# verb = module of this package → its one line of help, which is the first line of the module's docstring
+VERBS = {
+    "convert": "Write a checkpoint folder as a GGUF, weights as they are or in F16, F32 or Q8_0.",
+    "quantize": "Write a checkpoint folder or a GGUF in one or several quants, in one pass.",
+    "chat": "Talk with a model in the terminal.",
+    "inspect": "Show what a GGUF file holds: metadata, tokenizer, tensors by type.",
+    "doctor": "Check the engine, this machine and the Python packages.",
+    "demo": "See the whole of llmkit at work on a small model.",
+}
+
+DESCRIPTION = "Make language models smaller, run them, and look inside."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line (default: the process's own) and return its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a model's text may hold what the terminal's encoding lacks
+            stream.reconfigure(errors="backslashreplace")
+    start = next((index for index, word in enumerate(words) if not word.startswith("-")), len(words))
+    try:
+        options = _frame().parse_args(words[:start])
+        if start == len(words):
+            _frame().print_help(sys.stderr)
+            return 2
+        if words[start] not in VERBS:
+            return _unknown_verb(words[start])
+        module = _load(words[start])
+        args = _verb_parser(words[start], module).parse_args(words[start + 1 :], options)
+    except SystemExit as exit:  # argparse has said what there was to say
+        return exit.code if isinstance(exit.code, int) else 2
+    return _run(module, args)
+
+
+def _frame() -> argparse.ArgumentParser:
+    verbs = "\n".join(f"  {verb:<10} {line}" for verb, line in VERBS.items())
+    parser = argparse.ArgumentParser(
+        prog="llmkit",
+        usage="llmkit VERB MODEL [options]",
+        description=DESCRIPTION,
+        epilog=f"verbs:\n{verbs}\n\n`llmkit VERB --help` tells more, with examples.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"llmkit {__version__}")
+    _add_shared(parser, verbose=0, quiet=False)
+    return parser
+
+
+def _verb_parser(verb: str, module: ModuleType) -> argparse.ArgumentParser:
+    examples: tuple[str, ...] = module.EXAMPLES
+    parser = argparse.ArgumentParser(
+        prog=f"llmkit {verb}",
+        description=module.__doc__,
+        epilog="\n".join(("examples:", *(f"  {example}" for example in examples))),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    _add_shared(parser, verbose=argparse.SUPPRESS, quiet=argparse.SUPPRESS)
+    return parser
+
+
+def _add_shared(parser: argparse.ArgumentParser, *, verbose: int | str, quiet: bool | str) -> None:
+    parser.add_argument("-v", "--verbose", action="count", default=verbose, help="log what happens (-vv: everything)")
+    parser.add_argument("-q", "--quiet", action="store_true", default=quiet, help="no notes, no progress bars")
+
+
+def _load(verb: str) -> ModuleType:
+    import importlib
+
+    return importlib.import_module(f"{__package__}.{verb}")
+
+
+def _unknown_verb(word: str) -> int:
+    from ..errors import nearest_hint
+    from . import output
+
+    output.error(f"unknown verb '{word}'", nearest_hint(word, VERBS))
+    return 2
+
+
+def _run(module: ModuleType, args: argparse.Namespace) -> int:
+    from .. import settings
+    from ..errors import LlmkitError
+    from . import output
+
+    output.be_quiet(args.quiet)
+    _set_logging(args.verbose)
+    try:
+        code: int = module.run(args)
+        sys.stdout.flush()  # so that a broken pipe shows here
+        return code
+    except LlmkitError as error:
+        if settings.debug():
+            import traceback
+
+            traceback.print_exc()
+        output.error(error.message, error.hint)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\nInterrupted. {getattr(module, 'KEPT', 'Nothing was written.')}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader (head, less) has all it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as bug:
+        import traceback
+
+        traceback.print_exc()
+        output.error(f"a bug in llmkit {__version__}: {type(bug).__name__}", "Please report it with the lines above.")
+        return 1
+
+
+def _set_logging(verbose: int) -> None:
+    if verbose:
+        import logging
+
+        level = logging.INFO if verbose == 1 else logging.DEBUG
+        logging.basicConfig(level=level, format="%(name)s: %(message)s", stream=sys.stderr)

@@ -1,0 +1,165 @@
+"""Write a checkpoint folder or a GGUF in one or several quants, in one pass.
+
+The weights are read once for all quants; nothing is written in between. Which tensor gets which type is the engine's own
+choice; --tensor-type, --output-type and --embedding-type make exceptions.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import output
+
+if TYPE_CHECKING:
+    from ..quantize import Plan, Result
+
+EXAMPLES = (
+    "llmkit quantize ./SmolLM2-135M-Instruct Q4_K_M Q8_0",
+    "llmkit quantize model-BF16.gguf Q4_K_M --out quants --dry-run",
+    "llmkit quantize ./model IQ4_XS --imatrix imatrix.gguf --tensor-type 'ffn_down=Q6_K'",
+)
+KEPT = "What is done is kept in the .partial files: run the same command again to go on."
+_UNITS = {"K": 10**3, "M": 10**6, "G": 10**9}
+
+
+def size_argument(text: str) -> int:
+    """'4G', '500MB' or plain bytes → bytes."""
+    word = text.upper().removesuffix("B")
+    factor = _UNITS.get(word[-1:], 1)
+    try:
+        nbytes = int(float(word.rstrip("KMG")) * factor)
+    except (ValueError, OverflowError):
+        nbytes = 0
+    if nbytes < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 4G or 500M")
+    return nbytes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """MODEL, the quants and the rest."""
+    parser.add_argument("model", type=Path, metavar="MODEL", help="checkpoint folder or .gguf file")
+    parser.add_argument("quants", nargs="+", metavar="QUANT", help="Q2_K … Q8_0, IQ1_S … IQ4_XS, F16, BF16, COPY …")
+    parser.add_argument("--out", type=Path, default=Path("."), metavar="DIR", help="folder for the files, or one .gguf (default: here)")
+    parser.add_argument("--imatrix", type=Path, metavar="FILE", help="importance matrix, .gguf or .dat")
+    parser.add_argument("--tensor-type", action="append", default=[], metavar="REGEX=TYPE", help="type for tensors that match; repeatable, first match wins")
+    parser.add_argument("--output-type", metavar="TYPE", help="type of the output matrix (with tied embeddings: of the embedding)")
+    parser.add_argument("--embedding-type", metavar="TYPE", help="type of the token embedding")
+    parser.add_argument("--pure", action="store_true", help="no mix: the quant's main type everywhere")
+    parser.add_argument("--requantize", action="store_true", help="accept a source that is quantized already (loses twice)")
+    parser.add_argument("--pre", metavar="NAME", help="name of the pre-tokenizer, where detection fails")
+    parser.add_argument("--split-size", type=size_argument, metavar="SIZE", help="largest size of a file, e.g. 4G: splits the output")
+    parser.add_argument("--threads", type=int, metavar="N", help="worker threads (default: all CPUs)")
+    parser.add_argument("--force", action="store_true", help="replace existing files")
+    parser.add_argument("--dry-run", action="store_true", help="show types, sizes and room on disk; write nothing")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Quantize, or show the plan."""
+    planned = _plan(args)
+    for remark in planned.draft.notes:
+        output.note(f"note: {remark}")
+    if args.dry_run:
+        show_plan(planned, as_json=args.json)
+        return 0
+    if args.requantize and any(tensor.type.quantized for tensor in planned.draft.tensors):
+        output.note("note: the source is quantized already; what it has lost stays lost, and some more is lost now")
+    results = make(planned, args)
+    show_results(planned, results, as_json=args.json)
+    output.next_command(f"llmkit chat {output.shell_word(planned.outputs[-1].path)}")
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> Plan:
+    from .. import convert, quantize
+    from ..errors import LlmkitError
+    from ..quantize import imatrix
+    from ..quants import quant, tensor_type
+
+    chosen = [quant(name) for name in dict.fromkeys(name.upper() for name in args.quants)]
+    exceptions = tuple(quantize.parse_tensor_type(text) for text in args.tensor_type)
+    output_type = tensor_type(args.output_type) if args.output_type else None
+    embedding_type = tensor_type(args.embedding_type) if args.embedding_type else None
+    recipes = [quantize.Recipe(each, exceptions, output_type, embedding_type, args.pure) for each in chosen]
+    importance = imatrix.read(args.imatrix) if args.imatrix else None
+    draft = convert.open_draft(args.model, pre=args.pre)
+    folder, file = args.out, None
+    if args.out.suffix == ".gguf":
+        if len(recipes) > 1:
+            raise LlmkitError(f"--out {args.out}: names one file for {len(recipes)} quants", "Give a folder.")
+        folder, file = args.out.parent, args.out
+    return quantize.plan(
+        draft, recipes, folder, file=file, imatrix=importance, split_nbytes=args.split_size, requantize=args.requantize
+    )
+
+
+def make(planned: Plan, args: argparse.Namespace) -> list[Result]:
+    """Check the outputs, then run the plan with a bar; tells what was there and what was resumed."""
+    from .. import quantize
+
+    left = quantize.check_outputs(planned, force=args.force)
+    for made in planned.outputs:
+        if made not in left.outputs:
+            output.note(f"{made.path}: made already from this source by this recipe; nothing to do")
+    with output.ProgressBar() as bar:
+        results = quantize.run(left, threads=args.threads, on_progress=bar)
+    for result in results:
+        if result.resumed:
+            output.note(f"{result.output.path}: resumed, {result.resumed} tensors were done before")
+    return results
+
+
+def show_plan(planned: Plan, *, as_json: bool) -> None:
+    """Types per tensor, sizes, bits per weight, room on disk."""
+    from .. import quantize, store
+
+    free = store.free_nbytes(planned.outputs[0].path.parent)
+    if as_json:
+        described = [quantize.describe(each) for each in planned.outputs]
+        output.emit_json({"source": planned.draft.name, "outputs": described, "free_nbytes": free, "needed_nbytes": planned.nbytes})
+        return
+    rows = [
+        (tensor.name, " x ".join(map(str, tensor.shape)), tensor.type.name, *(each.types[tensor.name].name for each in planned.outputs))
+        for tensor in planned.draft.tensors
+    ]
+    output.table(("tensor", "shape", "source", *(each.label for each in planned.outputs)), rows)
+    output.emit()
+    _size_table(planned)
+    fits = "enough" if planned.nbytes <= free else "NOT enough"
+    output.note(f"{output.size(planned.nbytes)} to write, {output.size(free)} free: {fits}. Nothing was written.")
+
+
+def _mix(mix: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in mix.items())
+
+
+def _size_table(planned: Plan, seconds: dict[str, str] | None = None) -> None:
+    rows = []
+    for each in planned.outputs:
+        row = [str(each.path), output.size(each.nbytes), f"{float(each.bits_per_weight):.2f}", _mix(each.mix)]
+        rows.append(row + ([seconds.get(each.label, "-")] if seconds is not None else []))
+    headers = ["file", "size", "bits/weight", "types"] + (["CPU time"] if seconds is not None else [])
+    output.table(headers, rows, "lrrlr")
+
+
+def show_results(planned: Plan, results: list[Result], *, as_json: bool) -> None:
+    """The closing table: file, size, bits per weight, mix of types, seconds."""
+    from .. import quantize
+
+    if as_json:
+        made = {result.output.label: result for result in results}
+        output.emit_json([
+            {
+                **{key: value for key, value in quantize.describe(each).items() if key != "types"},
+                "seconds": made[each.label].seconds if each.label in made else 0.0,
+                "cpu_seconds": made[each.label].cpu_seconds if each.label in made else 0.0,
+                "resumed_tensors": made[each.label].resumed if each.label in made else None,
+            }
+            for each in planned.outputs
+        ])  # fmt: skip
+        return
+    _size_table(planned, {result.output.label: output.duration(result.cpu_seconds) for result in results})
+    if results:
+        output.note(f"{len(results)} file(s) in {output.duration(results[0].seconds)}")

@@ -1,0 +1,21 @@
+"""Checkpoint → GGUF, without PyTorch and transformers: the draft of a file whose weights are read when they are written.
+
+    open_draft(folder or file) → quantize.plan(draft, [Recipe(quant("Q4_K_M"))], …) → quantize.run(plan)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .. import checkpoint, gguf
+from .draft import GgufDraft, from_checkpoint, from_gguf
+
+
+def open_draft(path: Path, *, pre: str | None = None) -> GgufDraft:
+    """The draft of a checkpoint folder or of a GGUF file. Raises what reading and mapping raise."""
+    if path.is_file():
+        return from_gguf(gguf.read(path))
+    return from_checkpoint(checkpoint.read(path), pre=pre)
+
+
+__all__ = ["GgufDraft", "from_checkpoint", "from_gguf", "open_draft"]

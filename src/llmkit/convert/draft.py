@@ -1,0 +1,199 @@
+"""A GGUF that is not written yet: its metadata, and its tensors as lazy rows in the order of the file.
+
+Made from a checkpoint (renamed, rearranged) or from a GGUF file. Which type each tensor gets is decided later.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..checkpoint import Checkpoint, StoredTensor
+from ..errors import InvalidModel, Unsupported
+from ..gguf import SPLIT_NAME, GgufFile, Value
+from ..quants import F32, QUANTS, TensorType
+from . import architectures, metadata, tensors, vocab
+from .architectures import Architecture, Row
+from .config import Config
+from .tensors import LazyTensor
+
+_BLOCK = re.compile(r"blk\.(\d+)\.")
+# left behind by bitsandbytes, old transformers and torch; they hold nothing a model needs (llama.cpp skips them too)
+_LEFTOVERS = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq", ".SCB", ".weight_format")
+_QUANT_SUFFIX = re.compile(rf"[-._](?:{'|'.join(QUANTS)})$", re.IGNORECASE)
+_SAMPLE = 4096
+
+
+@dataclass(frozen=True)
+class GgufDraft:
+    """What a GGUF will hold. `notes` are remarks for people; `paths` the files that are read.
+
+    `fingerprint` identifies the source: sha256 over its headers and samples of its weights, not over every byte.
+    """
+
+    name: str
+    metadata: dict[str, Value]
+    tensors: tuple[LazyTensor, ...]
+    paths: tuple[Path, ...]
+    fingerprint: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def own_type(self) -> TensorType:
+        """The type most matrices have: that of the first one."""
+        return next((tensor.type for tensor in self.tensors if len(tensor.shape) > 1), F32)
+
+    @property
+    def n_weights(self) -> int:
+        """Weights in all tensors."""
+        return sum(tensor.n_weights for tensor in self.tensors)
+
+
+def file_order(name: str) -> tuple[int, bytes]:
+    """Sort key of llama-quantize: tensors outside blocks first, then by block, then by name (llama-quant.cpp)."""
+    block = _BLOCK.match(name)
+    return (int(block[1]) if block else -1, name.encode())
+
+
+def stays_float32(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is F32 in every GGUF: vectors, norms, what is no weight (llama.cpp conversion/base.py)."""
+    return len(shape) < 2 or not name.endswith(".weight") or name.endswith("_norm.weight")
+
+
+def from_checkpoint(checkpoint: Checkpoint, *, pre: str | None = None) -> GgufDraft:
+    """The GGUF a checkpoint becomes. `pre` overrides the detected pre-tokenizer.
+
+    Raises Unsupported (architecture, setting, dtype, tensor nobody maps, pre-tokenizer), InvalidModel (inconsistent).
+    """
+    architecture = architectures.find(checkpoint)
+    config = architectures.open_config(checkpoint, architecture)
+    if checkpoint.config.get("quantization_config"):
+        raise Unsupported(
+            f"{config.path}: 'quantization_config' says the weights are quantized already",
+            "Use the original checkpoint in BF16 or F16.",
+        )
+    notes = architecture.check(config)
+    vocabulary = vocab.read(
+        checkpoint.folder, config=config.values, pre=pre,
+        spm_add_space_prefix=architecture.add_space_prefix, pad=not architecture.trims_embedding,
+    )  # fmt: skip
+    n_tokens = vocabulary.n_real_tokens if architecture.trims_embedding else None
+    rows, left_out = _map(checkpoint, architecture, config, n_tokens)
+    ordered = tuple(sorted((*rows, *architecture.extra(config)), key=lambda tensor: file_order(tensor.name)))
+    found = {
+        **metadata.general(checkpoint, architecture.name, sum(tensor.n_weights for tensor in ordered)),
+        **architecture.metadata(config),
+        "general.quantization_version": Value.uint32(2),
+        **vocabulary.metadata,
+    }
+    spans = [(t.name, t.dtype, t.shape, t.path, t.offset, t.nbytes) for t in checkpoint.tensors.values()]
+    fingerprint = _fingerprint(spans, _texts(checkpoint))
+    remarks = (*notes, *left_out, *vocabulary.warnings)
+    draft = GgufDraft(checkpoint.folder.resolve().name, found, ordered, checkpoint.paths, fingerprint, remarks)
+    found["general.file_type"] = Value.uint32(QUANTS[draft.own_type.name].ftype)
+    return draft
+
+
+def from_gguf(file: GgufFile) -> GgufDraft:
+    """The same GGUF again, ready to be written with other types."""
+    spans = [(info.name, info.type.name, info.shape, info.path, info.offset, info.nbytes) for info in file.tensors.values()]
+    lazy = [tensors.from_info(info) for info in file.tensors.values()]
+    kept = {key: value for key, value in file.metadata.items() if not key.startswith("split.")}
+    ordered = tuple(sorted(lazy, key=lambda tensor: file_order(tensor.name)))
+    stem = match["stem"] if (match := SPLIT_NAME.match(file.path.name)) else file.path.stem
+    return GgufDraft(_QUANT_SUFFIX.sub("", stem), kept, ordered, file.paths, _fingerprint(spans, []))
+
+
+def _texts(checkpoint: Checkpoint) -> list[Path]:
+    return sorted(path for pattern in ("*.json", "*.jinja", "tokenizer.model", "merges.txt") for path in checkpoint.folder.glob(pattern))
+
+
+def _fingerprint(spans: Iterable[tuple[str, str, tuple[int, ...], Path, int, int]], texts: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for name, kind, shape, path, offset, nbytes in spans:
+        digest.update(f"{name} {kind} {shape} {path.name} {offset} {nbytes}\n".encode())
+        for start in {0, max(0, nbytes // 2), max(0, nbytes - _SAMPLE)}:
+            digest.update(tensors.read_span(path, offset + start, min(_SAMPLE, nbytes - start)).tobytes())
+    for path in texts:
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _map(
+    checkpoint: Checkpoint, architecture: Architecture, config: Config, n_tokens: int | None
+) -> tuple[list[LazyTensor], list[str]]:
+    """The checkpoint's tensors under their GGUF names; every one is mapped or refused by name."""
+    rows = {
+        row.source.format(block): (row, row.target.format(block))
+        for row in architecture.rows
+        for block in (range(config.n_layer) if "{}" in row.source else (0,))
+    }
+    mapped: list[LazyTensor] = []
+    notes: list[str] = []
+    seen: set[str] = set()
+    skipped = 0
+    for stored in checkpoint.tensors.values():
+        if stored.name.endswith(_LEFTOVERS) or stored.name.startswith(architecture.skipped or ("\0",)):
+            skipped += 1
+            continue
+        name = _without_prefix(stored.name, architecture.prefixes)
+        if name not in rows:
+            raise Unsupported(f"{stored.path}: nobody maps tensor '{stored.name}' for {architecture.name}", _nearest_row(name, rows))
+        if name in seen:
+            raise InvalidModel(f"{stored.path}: tensor '{stored.name}' maps to the same name as another")
+        seen.add(name)
+        if name == "lm_head.weight" and config.tied:
+            notes.append("lm_head.weight is left out: config.json says the output is tied to the embedding")
+            continue
+        row, target = rows[name]
+        mapped.append(_convert(stored, row, target, config, n_tokens))
+    _require_all(checkpoint, rows, seen, config)
+    if skipped:
+        notes.append(f"{skipped} tensors that are no part of the text model are left out")
+    return mapped, notes
+
+
+def _without_prefix(name: str, prefixes: tuple[str, ...]) -> str:
+    """`name` as text-only checkpoints have it: multimodal ones put a prefix before, or inside, 'model.'."""
+    for prefix in prefixes:
+        if name.startswith(prefix):
+            rest = name[len(prefix) :]
+            return rest if rest.startswith(("model.", "lm_head.")) else f"model.{rest}"
+    return name
+
+
+def _nearest_row(name: str, rows: dict[str, tuple[Row, str]]) -> str:
+    near = difflib.get_close_matches(name, rows, 1, 0.0)
+    pattern = rows[near[0]][0].source if near else "none"
+    return f"The nearest pattern is '{pattern}'. A merged adapter or another model class leaves such tensors behind."
+
+
+def _convert(stored: StoredTensor, row: Row, target: str, config: Config, n_tokens: int | None) -> LazyTensor:
+    sizes = config.sizes
+    expected = tuple(sizes[size] for size in row.shape)
+    if stored.shape != expected:
+        raise InvalidModel(
+            f"{stored.path}: tensor '{stored.name}' has the shape {list(stored.shape)}, config.json says {list(expected)}"
+        )
+    lazy = tensors.from_stored(stored)
+    if row.operation:
+        lazy = row.operation(lazy, config)
+    if n_tokens is not None and row.shape[0] == "vocab":
+        lazy = tensors.first_rows(lazy, n_tokens)
+    lazy = replace(lazy, name=target)
+    return tensors.as_float32(lazy) if stays_float32(target, lazy.shape) else lazy
+
+
+def _require_all(checkpoint: Checkpoint, rows: dict[str, tuple[Row, str]], seen: set[str], config: Config) -> None:
+    missing = [name for name, (row, _) in rows.items() if name not in seen and not row.optional]
+    if "lm_head.weight" not in seen and not config.tied:
+        missing.append("lm_head.weight (tie_word_embeddings is false)")
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InvalidModel(f"{checkpoint.folder}: tensor '{missing[0]}'{more} is missing from the checkpoint")
+
+

@@ -1,0 +1,48 @@
+"""Byte-level BPE (GPT-2, Llama 3, Qwen): tokenizer.ggml.model = "gpt2". Facts: llama.cpp conversion/base.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from .. import pretokenizers
+from .tokenizer_json import TokenizerJson
+from .tokens import Token, added
+
+_SPACE = chr(ord(" ") + 256)  # how byte-level BPE writes a space
+
+
+def is_byte_level(source: TokenizerJson) -> bool:
+    """Whether the decoder turns tokens back into bytes, GPT-2's way."""
+    return "ByteLevel" in _kinds(source.document.get("decoder")) and not source.byte_fallback
+
+
+def tokens(source: TokenizerJson) -> dict[int, Token]:
+    """Rows by id."""
+    rows = {number: Token(text) for text, number in source.vocab.items()}
+    tokenizer = pretokenizers.load(source.path) if any(not token.normalized for token in source.added) else None
+    for token in source.added:
+        text = token.content if token.normalized else _as_written(tokenizer, token.content, token.id)
+        rows[token.id] = added(text, token.special)
+    return rows
+
+
+def merges(source: TokenizerJson) -> Iterable[str]:
+    """Merges as the engine reads them: two parts with a space between; a space inside a part takes its byte-level form."""
+    return (f"{left.replace(' ', _SPACE)} {right.replace(' ', _SPACE)}" for left, right in source.merges)
+
+
+def _as_written(tokenizer: Any, content: str, number: int) -> str:
+    """How an added token that skips the normalizer stands in a text: the spelling it decodes to, if that encodes back."""
+    text = str(tokenizer.decode([number], skip_special_tokens=False))
+    if text == content or not text:
+        return content
+    return text if tokenizer.encode(text, add_special_tokens=False).ids == [number] else content
+
+
+def _kinds(step: Any) -> list[str]:
+    """Types of a decoder and of those inside it."""
+    if not isinstance(step, dict):
+        return []
+    inner = step.get("decoders")
+    return [str(step.get("type")), *(kind for child in inner or () for kind in _kinds(child))]

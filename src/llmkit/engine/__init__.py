@@ -1,0 +1,28 @@
+"""llama.cpp, owned here: the only package that imports llama_cpp and knows its C symbols.
+
+    load()               the engine of this process: kernels, dequantizing, log, devices
+    run_in_child(…)      a function in a process of its own: a crash of the engine becomes an EngineError
+    held_interrupts()    Ctrl-C waits until C code that calls Python has returned
+    safe_model_params()  the settings models must be loaded with on this CPU and build (probe.py finds them)
+
+Knows tensors' bytes and addresses, not models or vocabularies: those are backends/.
+"""
+
+from __future__ import annotations
+
+from .child import EngineDied, run_in_child
+from .interrupts import held_interrupts
+from .library import Device, Engine, load
+from .probe import Verdict, safe_model_params, verdict
+
+__all__ = [
+    "Device",
+    "Engine",
+    "EngineDied",
+    "Verdict",
+    "held_interrupts",
+    "load",
+    "run_in_child",
+    "safe_model_params",
+    "verdict",
+]

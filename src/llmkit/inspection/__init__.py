@@ -1,0 +1,1 @@
+"""What is inside a model, as plain values; doors show them."""

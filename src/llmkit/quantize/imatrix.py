@@ -1,0 +1,164 @@
+"""Importance matrices as others make them: GGUF files and the older .dat files of llama-imatrix.
+
+GGUF: tensors NAME.in_sum2 (sums of squared activations, one row per expert) and NAME.counts; the importance is sum over
+count, and 1 where the count is 0. Legacy: values over calls. Formats: llama.cpp common/imatrix-loader.cpp.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import gguf
+from ..convert.tensors import LazyTensor, from_info
+from ..errors import InvalidModel, ModelNotFound
+from ..gguf import Value
+from ..quants import TensorType
+
+Importance = np.ndarray[Any, np.dtype[np.float32]]
+_SUMS, _COUNTS = ".in_sum2", ".counts"
+# Types the engine refuses to make without importance, save for the embedding and the output (src/llama-quant.cpp).
+_DEMANDING = {"IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_M", "IQ1_S"}
+
+
+@dataclass(frozen=True)
+class Imatrix:
+    """Importance per column of each tensor: float32 of (matrices, width), or flat when read from a .dat file."""
+
+    path: Path
+    entries: dict[str, Importance]
+    datasets: tuple[str, ...]
+    chunk_count: int
+
+    def metadata(self) -> dict[str, Value]:
+        """What llama-quantize writes about it (names cut at 127 bytes, as there)."""
+        found = {"quantize.imatrix.file": Value.string(_cut(str(self.path)))}
+        if self.datasets:
+            found["quantize.imatrix.dataset"] = Value.string(_cut(self.datasets[0]))
+        found["quantize.imatrix.entries_count"] = Value.uint32(len(self.entries))
+        if self.chunk_count > 0:
+            found["quantize.imatrix.chunks_count"] = Value.uint32(self.chunk_count)
+        return found
+
+    def of(self, tensor: LazyTensor) -> Importance | None:
+        """The tensor's importance as (matrices, width), or None. Raises InvalidModel when the size is wrong."""
+        found = self.entries.get(tensor.name)
+        if found is None:
+            return None
+        matrices = int(np.prod(tensor.shape[:-2], dtype=np.int64))
+        if found.size != matrices * tensor.width:
+            if tensor.name == "token_embd.weight":
+                return None  # as llama-quantize: old files hold one that cannot be used
+            raise InvalidModel(
+                f"{self.path}: {found.size} values for '{tensor.name}', expected {matrices} x {tensor.width}",
+                "The importance matrix was made for another model.",
+            )
+        return found.reshape(matrices, tensor.width)
+
+    def require(self, tensors: Sequence[LazyTensor], types: dict[str, TensorType]) -> None:
+        """Raise InvalidModel unless every tensor that must have importance has it, of the right size."""
+        for tensor in tensors:
+            demanding = types[tensor.name].name in _DEMANDING and tensor.name not in ("token_embd.weight", "output.weight")
+            if self.of(tensor) is None and demanding:
+                raise InvalidModel(
+                    f"{self.path}: holds nothing for '{tensor.name}', which {types[tensor.name].name} cannot do without",
+                    "Make the importance matrix from this model, or choose a larger quant.",
+                )
+
+
+def _cut(text: str) -> str:
+    return text.encode()[:127].decode("utf-8", "ignore")
+
+
+def read(path: Path) -> Imatrix:
+    """Read either format. Raises ModelNotFound, InvalidModel (broken file, value that is not finite)."""
+    try:
+        with open(path, "rb") as file:
+            is_gguf = file.read(4) == gguf.MAGIC
+    except FileNotFoundError:
+        raise ModelNotFound(f"{path}: no such importance matrix") from None
+    except OSError as error:
+        raise InvalidModel(f"{path}: cannot be read: {error.strerror}") from error
+    found = _read_gguf(path) if is_gguf else _read_legacy(path)
+    if not found.entries:
+        raise InvalidModel(f"{path}: holds no importance values")
+    for name, values in found.entries.items():
+        if not np.isfinite(values).all():
+            raise InvalidModel(f"{path}: the importance of '{name}' has values that are not finite")
+    return found
+
+
+def _read_gguf(path: Path) -> Imatrix:
+    file = gguf.read(path)
+    entries = {}
+    for name, info in file.tensors.items():
+        if not name.endswith(_SUMS):
+            continue
+        counts_info = file.tensors.get(name[: -len(_SUMS)] + _COUNTS)
+        if counts_info is None:
+            raise InvalidModel(f"{path}: '{name}' has no counts beside it")
+        sums, counts = (_values(path, each) for each in (from_info(info), from_info(counts_info)))
+        matrices = counts.size
+        if matrices == 0 or sums.size % matrices:
+            raise InvalidModel(f"{path}: '{name}' has {sums.size} sums for {matrices} counts")
+        sums, counts = sums.reshape(matrices, -1), counts.reshape(matrices, 1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            entries[name[: -len(_SUMS)]] = np.where(counts > 0, sums / counts, np.float32(1)).astype(np.float32)
+    datasets = file.get("imatrix.datasets")
+    chunks = file.get("imatrix.chunk_count", 0)
+    named = tuple(str(item) for item in datasets) if isinstance(datasets, gguf.Array) else ()
+    return Imatrix(path, entries, named, chunks if isinstance(chunks, int) else 0)
+
+
+def _values(path: Path, tensor: LazyTensor) -> Importance:
+    if tensor.type.name != "F32":
+        raise InvalidModel(f"{path}: '{tensor.name}' is stored as {tensor.type.name}, expected F32")
+    return tensor.float32(0, tensor.n_rows).reshape(-1)
+
+
+def _read_legacy(path: Path) -> Imatrix:
+    data = path.read_bytes()
+    reader = _legacy_fields(path, data)
+    entries: dict[str, Importance] = {}
+    (count,) = next(reader)
+    for _ in range(count):
+        name = next(reader).decode("utf-8", "replace")
+        (calls,) = next(reader)
+        values = np.frombuffer(next(reader), "<f4").astype(np.float32)
+        entries[name] = values / np.float32(calls) if calls > 0 else values
+    chunks = next(reader, None)
+    dataset = next(reader, b"") if chunks else b""
+    return Imatrix(path, entries, (dataset.decode("utf-8", "replace"),) if dataset else (), chunks[0] if chunks else 0)
+
+
+def _legacy_fields(path: Path, data: bytes) -> Iterator[Any]:
+    """Count; per entry name, (calls,), values; then optionally (chunks,) and dataset. Every length is checked."""
+    position = 0
+
+    def take(nbytes: int) -> bytes:
+        nonlocal position
+        if nbytes < 0 or position + nbytes > len(data):
+            raise InvalidModel(f"{path}: is neither a GGUF nor a legacy importance matrix, or is cut short at byte {position}")
+        position += nbytes
+        return data[position - nbytes : position]
+
+    def number() -> int:
+        return int(struct.unpack("<i", take(4))[0])
+
+    count = number()
+    if not 1 <= count <= len(data) // 12:
+        raise InvalidModel(f"{path}: is neither a GGUF nor a legacy importance matrix")
+    yield (count,)
+    for _ in range(count):
+        yield take(number())
+        yield (number(),)
+        yield take(4 * number())
+    if position < len(data):
+        yield (number(),)
+        if position < len(data):
+            yield take(number())

@@ -1,0 +1,277 @@
+"""The one pass: every weight is read once, quantized for every output by a pool of threads, written where it belongs.
+
+Offsets are known beforehand, so chunks of rows are written in place in any order. Memory holds a few chunks a thread.
+Kernels are ggml's (ggml_quantize_chunk): rows are independent, so the bytes do not depend on chunks or threads.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from .. import engine, settings, store
+from ..convert.tensors import LazyTensor, Rows
+from ..errors import InvalidModel, LlmkitError, NotEnoughRoom
+from ..progress import OnProgress, Progress, ignore
+from ..quants import F32, TensorType
+from .journal import Journal, open_journal
+from .plan import OutputPlan, Plan
+
+_CHUNK_WEIGHTS = 1 << 20
+_SYNC_SECONDS = 5.0
+_ENOSPC = 28
+
+
+@dataclass(frozen=True)
+class Result:
+    """One output as it was made. `cpu_seconds` is kernel and writing time of this output over all threads."""
+
+    output: OutputPlan
+    seconds: float
+    cpu_seconds: float
+    resumed: int
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Rows `start` to `stop` of a tensor, inside matrix `matrix` of its stack, for the outputs that lack them."""
+
+    tensor: LazyTensor
+    start: int
+    stop: int
+    matrix: int
+    targets: tuple[_Target, ...]
+
+
+@dataclass
+class _Target:
+    """An output while it is written: one descriptor a file, and what is done."""
+
+    output: OutputPlan
+    journal: Journal
+    descriptors: dict[str, int] = field(default_factory=dict)
+    cpu_seconds: float = 0.0
+    finished: list[str] = field(default_factory=list)
+
+    def place(self, name: str) -> tuple[int, int]:
+        """Descriptor and offset of a tensor."""
+        for file in self.output.files:
+            if name in file.offsets:
+                return self.descriptors[str(file.path)], file.offsets[name]
+        raise KeyError(name)
+
+
+def run(plan: Plan, *, threads: int | None = None, on_progress: OnProgress = ignore) -> list[Result]:
+    """Write the plan's outputs. An interrupted or killed run leaves partial files that the next run goes on from.
+
+    Progress counts source bytes. Raises NotEnoughRoom, InvalidModel (source changed, values not finite), LlmkitError.
+    """
+    if not plan.outputs:
+        return []
+    began = time.monotonic()
+    with ExitStack() as stack:
+        targets = [_open(output, stack) for output in plan.outputs]
+        resumed = {target.output.label: len(target.journal.done) for target in targets}
+        _Pass(plan, targets, threads or settings.threads(), on_progress).run()
+        _finish(targets, on_progress)
+    seconds = time.monotonic() - began
+    return [Result(each.output, seconds, each.cpu_seconds, resumed[each.output.label]) for each in targets]
+
+
+def _open(output: OutputPlan, stack: ExitStack) -> _Target:
+    journal = open_journal(output)
+    target = _Target(output, journal)
+    stack.callback(lambda: journal.close(finished=all(file.path.exists() for file in output.files) and not target.descriptors))
+    fresh = not journal.done
+    for file in output.files:
+        partial = store.partial_path(file.path)
+        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | (os.O_TRUNC if fresh else 0), 0o644)
+        target.descriptors[str(file.path)] = descriptor
+        stack.callback(_close, target, str(file.path))
+        _reserve(descriptor, file.nbytes, partial)
+        os.pwrite(descriptor, file.header, 0)
+    return target
+
+
+def _close(target: _Target, path: str) -> None:
+    if (descriptor := target.descriptors.pop(path, None)) is not None:
+        os.close(descriptor)
+
+
+def _reserve(descriptor: int, nbytes: int, path: Path) -> None:
+    """Take the room now rather than find the disk full at 90 %; where that cannot be, just set the size."""
+    try:
+        os.posix_fallocate(descriptor, 0, nbytes)
+    except (AttributeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno == _ENOSPC:
+            raise NotEnoughRoom(f"{path}: the disk has no room for {nbytes / 1e9:.2f} GB", "Free some, or use --out.") from None
+    os.truncate(descriptor, nbytes)
+
+
+def _finish(targets: Sequence[_Target], on_progress: OnProgress) -> None:
+    """Sync everything, then rename: nothing gets its final name before all of its output is on the disk."""
+    for target in targets:
+        on_progress(Progress("finish", 0, 1, detail=target.output.path.name))
+        for file in target.output.files:
+            os.fsync(target.descriptors[str(file.path)])
+    for target in targets:
+        for file in target.output.files:
+            _close(target, str(file.path))
+            os.replace(store.partial_path(file.path), file.path)
+        store.sync_folder(target.output.path.parent)
+
+
+class _Pass:
+    """The pool: threads take chunks in order, this thread counts, syncs, reports and notices Ctrl-C."""
+
+    def __init__(self, plan: Plan, targets: Sequence[_Target], threads: int, on_progress: OnProgress) -> None:
+        self.targets = targets
+        self.n_threads = threads
+        self.on_progress = on_progress
+        self.engine = engine.load()
+        self.chunks = list(_chunks(plan, targets))
+        self.left = Counter(chunk.tensor.name for chunk in self.chunks)
+        self.total = sum(_source_nbytes(tensor, 0, tensor.n_rows) for tensor in plan.draft.tensors)
+        self.done = self.total - sum(_source_nbytes(chunk.tensor, chunk.start, chunk.stop) for chunk in self.chunks)
+        self.events: queue.SimpleQueue[tuple[_Chunk, list[float]] | BaseException | None] = queue.SimpleQueue()
+        self.stop = threading.Event()
+        self._next = iter(self.chunks)
+        self._lock = threading.Lock()
+        self._synced = time.monotonic()
+
+    def run(self) -> None:
+        """Work through all chunks; on any error or interrupt stop the threads, record what is whole, and raise."""
+        for kind in {kind.ggml_id for target in self.targets for kind in target.output.types.values() if kind.quantized}:
+            self.engine.functions["ggml_quantize_init"](kind)  # else the first chunks would wait for each other
+        workers = [threading.Thread(target=self._work, daemon=True) for _ in range(self.n_threads)]
+        for worker in workers:
+            worker.start()
+        try:
+            self._collect(len(workers))
+        finally:
+            self.stop.set()
+            for worker in workers:
+                worker.join()
+            self._sync()
+
+    def _collect(self, alive: int) -> None:
+        self._report("")
+        while alive:
+            event = self.events.get()
+            if event is None:
+                alive -= 1
+            elif isinstance(event, BaseException):
+                raise event
+            else:
+                self._count(*event)
+
+    def _count(self, chunk: _Chunk, seconds: list[float]) -> None:
+        name = chunk.tensor.name
+        self.done += _source_nbytes(chunk.tensor, chunk.start, chunk.stop)
+        self.left[name] -= 1
+        for target, spent in zip(chunk.targets, seconds):
+            target.cpu_seconds += spent
+        if not self.left[name]:
+            for target in chunk.targets:
+                target.finished.append(name)
+        if time.monotonic() - self._synced > _SYNC_SECONDS:
+            self._sync()
+        self._report(name)
+
+    def _report(self, detail: str) -> None:
+        self.on_progress(Progress("quantize", self.done, self.total, detail=detail))
+
+    def _sync(self) -> None:
+        """Put finished tensors on the disk, then into the journal."""
+        for target in self.targets:
+            if target.finished:
+                for descriptor in target.descriptors.values():
+                    os.fsync(descriptor)
+                target.journal.add(target.finished)
+                target.finished = []
+        self._synced = time.monotonic()
+
+    def _take(self) -> _Chunk | None:
+        with self._lock:
+            return None if self.stop.is_set() else next(self._next, None)
+
+    def _work(self) -> None:
+        try:
+            while (chunk := self._take()) is not None:
+                self.events.put((chunk, self._make(chunk)))
+        except BaseException as error:  # handed to the thread that waits, which raises it
+            self.events.put(error)
+        self.events.put(None)
+
+    def _make(self, chunk: _Chunk) -> list[float]:
+        """Read the chunk once, write it for every target; CPU seconds each took."""
+        tensor, raw = chunk.tensor, chunk.tensor.read(chunk.start, chunk.stop)
+        values: Rows | None = None
+        seconds = []
+        for target in chunk.targets:
+            before = time.thread_time()
+            kind = target.output.types[tensor.name]
+            if kind is tensor.type:
+                block = np.ascontiguousarray(raw)
+            else:
+                if values is None:
+                    values = np.ascontiguousarray(tensor.widen(raw))
+                block = self._quantize(chunk, values, kind, target)
+            descriptor, offset = target.place(tensor.name)
+            _write(descriptor, block, offset + chunk.start * kind.row_nbytes(tensor.width))
+            seconds.append(time.thread_time() - before)
+        return seconds
+
+    def _quantize(self, chunk: _Chunk, values: Rows, kind: TensorType, target: _Target) -> Rows:
+        """float32 rows → rows of `kind`, by ggml's kernel."""
+        if kind is F32:
+            return values
+        width, n_rows = chunk.tensor.width, chunk.stop - chunk.start
+        importance = target.output.imatrix.of(chunk.tensor) if target.output.imatrix else None
+        address = None if importance is None else np.ascontiguousarray(importance[chunk.matrix]).ctypes.data
+        block = np.empty((n_rows, kind.row_nbytes(width)), np.uint8)
+        self.engine.quantize_chunk(kind.ggml_id, values.ctypes.data, block.ctypes.data, 0, n_rows, width, address)
+        if not self.engine.validate_rows(kind.ggml_id, block.ctypes.data, block.nbytes):
+            raise InvalidModel(
+                f"tensor '{chunk.tensor.name}', rows {chunk.start} to {chunk.stop}: {kind.name} gives values that are not"
+                " finite; the checkpoint holds NaN, infinity or numbers too large for the type"
+            )
+        return block
+
+
+def _write(descriptor: int, block: Rows, offset: int) -> None:
+    view = memoryview(block).cast("B")
+    try:
+        while view:
+            count = os.pwrite(descriptor, view, offset)
+            view, offset = view[count:], offset + count
+    except OSError as error:
+        if error.errno == _ENOSPC:
+            raise NotEnoughRoom("the disk is full", "Free some room and run the same command again: it goes on.") from None
+        raise LlmkitError(f"writing failed: {error.strerror}", "Run the same command again: it goes on.") from error
+
+
+def _source_nbytes(tensor: LazyTensor, start: int, stop: int) -> int:
+    return (stop - start) * tensor.type.row_nbytes(tensor.width)
+
+
+def _chunks(plan: Plan, targets: Sequence[_Target]) -> Iterator[_Chunk]:
+    """Every tensor in chunks of about a million weights that never cross from one matrix of a stack to the next."""
+    for tensor in plan.draft.tensors:
+        lacking = tuple(target for target in targets if tensor.name not in target.journal.done)
+        if not lacking:
+            continue
+        rows_each = tensor.shape[-2] if len(tensor.shape) > 1 else 1
+        step = max(1, _CHUNK_WEIGHTS // max(1, tensor.width))
+        for first in range(0, tensor.n_rows, max(1, rows_each)):
+            for start in range(first, first + rows_each, step):
+                yield _Chunk(tensor, start, min(start + step, first + rows_each), first // max(1, rows_each), lacking)

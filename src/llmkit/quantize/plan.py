@@ -1,0 +1,291 @@
+"""What will be written where: types, sizes and offsets of every output, known before the first byte."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from fractions import Fraction
+from pathlib import Path
+
+from .. import __version__, store
+from ..convert.draft import GgufDraft, stays_float32
+from ..convert.tensors import LazyTensor
+from ..errors import LlmkitError, OutputExists, Unsupported
+from ..gguf import SPLIT_NAME, Value, ValueType
+from ..gguf_writer import header_bytes, padded, tensor_nbytes
+from ..quants import F16, F32, QUANTS, TENSOR_TYPES, TensorType
+from . import oracle
+from .imatrix import Imatrix
+from .recipe import Recipe
+
+CONVERSIONS = ("auto", "bf16", "f16", "f32", "q8_0")
+_NEEDS_IMATRIX = (
+    "Get one that was published with the model (imatrix.gguf or imatrix.dat), or make one with llama.cpp's llama-imatrix,"
+    " and give it with --imatrix FILE. Or choose a quant that needs none, such as Q2_K."
+)
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """One file of an output: its header's bytes and where each tensor begins. `nbytes` is its final size."""
+
+    path: Path
+    header: bytes
+    offsets: dict[str, int]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class OutputPlan:
+    """One quant of a model: types per tensor and the file, or the parts, that it becomes."""
+
+    label: str
+    draft: GgufDraft
+    types: dict[str, TensorType]
+    files: tuple[FilePlan, ...]
+    imatrix: Imatrix | None
+    recipe: str
+
+    @property
+    def path(self) -> Path:
+        """The file to load: the only one, or the first part."""
+        return self.files[0].path
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all files."""
+        return sum(file.nbytes for file in self.files)
+
+    @property
+    def bits_per_weight(self) -> Fraction:
+        """Bits of tensor data per weight, as llama-quantize counts."""
+        bits = sum(8 * tensor_nbytes(t.shape, self.types[t.name]) for t in self.draft.tensors)
+        return Fraction(bits, max(1, self.draft.n_weights))
+
+    @property
+    def mix(self) -> dict[str, int]:
+        """Tensors of each type, the most frequent first."""
+        return dict(Counter(kind.name for kind in self.types.values()).most_common())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identifies the work: the source, every byte of the headers, the importance values."""
+        digest = hashlib.sha256(self.draft.fingerprint.encode())
+        for file in self.files:
+            digest.update(file.path.name.encode() + file.header)
+        if self.imatrix:
+            for name, values in sorted(self.imatrix.entries.items()):
+                digest.update(name.encode() + values.tobytes())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The outputs to be made from one read of a draft."""
+
+    draft: GgufDraft
+    outputs: tuple[OutputPlan, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to be written in all."""
+        return sum(output.nbytes for output in self.outputs)
+
+
+def plan(
+    draft: GgufDraft,
+    recipes: Sequence[Recipe],
+    folder: Path,
+    *,
+    imatrix: Imatrix | None = None,
+    file: Path | None = None,
+    split_nbytes: int | None = None,
+    requantize: bool = False,
+) -> Plan:
+    """Types from the engine, then headers and offsets, for each recipe; files are {name}-{quant}.gguf in `folder`, or `file`.
+
+    Raises Unsupported (quantized source without `requantize`), LlmkitError (importance matrix needed), EngineError.
+    """
+    _refuse_quantized(draft, recipes, requantize)
+    outputs = []
+    for recipe, choice in zip(recipes, oracle.ask(draft, recipes, has_imatrix=imatrix is not None)):
+        if imatrix is not None:
+            imatrix.require(draft.tensors, choice.types)
+        elif choice.needs_imatrix:
+            raise LlmkitError(
+                f"{recipe.quant.name} needs an importance matrix for this model: without one it would be useless",
+                _NEEDS_IMATRIX,
+            )
+        metadata = _quantized_metadata(draft, recipe, imatrix)
+        base = file or folder / f"{draft.name}-{recipe.quant.name}.gguf"
+        used = imatrix if any(kind.quantized for kind in choice.types.values()) else None
+        files = _lay_out(base, metadata, draft.tensors, choice.types, split_nbytes)
+        outputs.append(OutputPlan(recipe.quant.name, draft, choice.types, files, used, str(recipe)))
+    if twice := [path for path, count in Counter(output.path for output in outputs).items() if count > 1]:
+        raise LlmkitError(f"{twice[0].name} would be written twice", "Name each quant once.")
+    return Plan(draft, tuple(outputs))
+
+
+def conversion(
+    draft: GgufDraft, kind: str, path: Path | None, folder: Path, *, split_nbytes: int | None = None
+) -> Plan:
+    """The plain file in `kind` (one of CONVERSIONS); "auto" keeps the type of the checkpoint's first matrix.
+
+    Types as llama.cpp's converter gives them (conversion/base.py prepare_tensors): vectors and norms F32, matrices
+    `kind`, F16 where its blocks do not fit.
+    """
+    if kind not in CONVERSIONS:
+        raise Unsupported(f"unknown type '{kind}'", f"Known: {', '.join(CONVERSIONS)}.")
+    wanted = TENSOR_TYPES[kind.upper()] if kind != "auto" else draft.own_type
+    types = {tensor.name: _conversion_type(tensor, wanted) for tensor in draft.tensors}
+    metadata = dict(draft.metadata)
+    metadata["general.file_type"] = Value.uint32(QUANTS[wanted.name].ftype)
+    metadata |= provenance(draft, wanted.name)
+    base = path or folder / f"{draft.name}-{wanted.name}.gguf"
+    files = _lay_out(base, metadata, draft.tensors, types, split_nbytes)
+    return Plan(draft, (OutputPlan(wanted.name, draft, types, files, None, wanted.name),))
+
+
+def _conversion_type(tensor: LazyTensor, wanted: TensorType) -> TensorType:
+    if stays_float32(tensor.name, tensor.shape):
+        return F32
+    return wanted if tensor.width % wanted.block == 0 else F16
+
+
+def _refuse_quantized(draft: GgufDraft, recipes: Sequence[Recipe], requantize: bool) -> None:
+    quantized = next((tensor for tensor in draft.tensors if tensor.type.quantized), None)
+    changes = any(recipe.quant.default is not None for recipe in recipes)
+    if quantized and changes and not requantize:
+        raise Unsupported(
+            f"{draft.paths[0]}: is quantized already ('{quantized.name}' is {quantized.type.name})",
+            "Quantize the original for the best result, or add --requantize to accept a second loss.",
+        )
+
+
+def provenance(draft: GgufDraft, recipe: str) -> dict[str, Value]:
+    """Where the file comes from and how it was made, so that it can be made again byte for byte."""
+    return {
+        "llmkit.version": Value.string(__version__),
+        "llmkit.source.name": Value.string(draft.name),
+        "llmkit.source.fingerprint": Value.string(draft.fingerprint),
+        "llmkit.recipe": Value.string(recipe),
+    }
+
+
+def _quantized_metadata(draft: GgufDraft, recipe: Recipe, imatrix: Imatrix | None) -> dict[str, Value]:
+    """As llama-quantize leaves it: version and file type moved to the end, then the importance matrix, then ours."""
+    found = dict(draft.metadata)
+    source_type = found.pop("general.file_type", Value.uint32(0))
+    found.pop("general.quantization_version", None)
+    found["general.quantization_version"] = Value.uint32(2)
+    found["general.file_type"] = source_type if recipe.quant.default is None else Value.uint32(recipe.quant.ftype)
+    if imatrix:
+        found |= imatrix.metadata()
+    return {**{key: value for key, value in found.items() if not key.startswith("llmkit.")}, **provenance(draft, str(recipe))}
+
+
+def _lay_out(
+    base: Path,
+    metadata: Mapping[str, Value],
+    tensors: Sequence[LazyTensor],
+    types: Mapping[str, TensorType],
+    split_nbytes: int | None,
+) -> tuple[FilePlan, ...]:
+    groups = _split(tensors, types, split_nbytes)
+    if len(groups) == 1:
+        return (_file(base, metadata, tensors, types),)
+    files = []
+    for number, group in enumerate(groups):
+        stem = match["stem"] if (match := SPLIT_NAME.match(base.name)) else base.stem
+        path = base.with_name(f"{stem}-{number + 1:05d}-of-{len(groups):05d}.gguf")
+        split = {
+            "split.no": Value(ValueType.UINT16, number),
+            "split.count": Value(ValueType.UINT16, len(groups)),
+            "split.tensors.count": Value.int32(len(tensors)),
+        }
+        files.append(_file(path, {**metadata, **split} if number == 0 else split, group, types))
+    return tuple(files)
+
+
+def _split(
+    tensors: Sequence[LazyTensor], types: Mapping[str, TensorType], limit: int | None
+) -> list[Sequence[LazyTensor]]:
+    """Tensors in groups of at most `limit` bytes; one that is larger stands alone."""
+    if limit is None:
+        return [tensors]
+    groups: list[list[LazyTensor]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        nbytes = padded(tensor_nbytes(tensor.shape, types[tensor.name]))
+        if groups[-1] and filled + nbytes > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(tensor)
+        filled += nbytes
+    return list(groups)
+
+
+def _file(
+    path: Path, metadata: Mapping[str, Value], tensors: Sequence[LazyTensor], types: Mapping[str, TensorType]
+) -> FilePlan:
+    rows = [(tensor.name, tensor.shape, types[tensor.name]) for tensor in tensors]
+    header, offsets = header_bytes(metadata, rows)
+    places = {name: len(header) + offset for (name, _, _), offset in zip(rows, offsets)}
+    end = len(header) + sum(padded(tensor_nbytes(shape, kind)) for _, shape, kind in rows)
+    return FilePlan(path, header, places, end)
+
+
+def is_made(output: OutputPlan) -> bool:
+    """Whether the output's files are there already, made from this source by this recipe: same headers, same sizes."""
+    for file in output.files:
+        try:
+            with open(file.path, "rb") as existing:
+                if file.path.stat().st_size != file.nbytes or existing.read(len(file.header)) != file.header:
+                    return False
+        except OSError:
+            return False
+    return True
+
+
+def check_outputs(planned: Plan, *, force: bool) -> Plan:
+    """The plan without what is made already. Raises OutputExists, NotEnoughRoom, AccessDenied: before any work."""
+    left = planned.outputs if force else tuple(output for output in planned.outputs if not is_made(output))
+    for output in left:
+        for file in output.files:
+            if file.path.is_dir():
+                raise OutputExists(f"{file.path}: is a folder", "Choose another name with --out.")
+            if file.path.exists() and not force:
+                raise OutputExists(
+                    f"{file.path}: exists and is something else", "Add --force to replace it, or choose another --out."
+                )
+            if file.path in planned.draft.paths:
+                raise OutputExists(f"{file.path}: is the file being read", "Choose another folder with --out.")
+    for folder in {output.path.parent for output in left}:
+        store.make_folder(folder)
+        here = [file for output in left for file in output.files if file.path.parent == folder]
+        store.require_room(folder, sum(file.nbytes - _allocated(store.partial_path(file.path)) for file in here))
+    return Plan(planned.draft, left)
+
+
+def _allocated(path: Path) -> int:
+    """Bytes an unfinished file of an earlier run already takes."""
+    try:
+        return path.stat().st_blocks * 512
+    except (OSError, AttributeError):
+        return 0
+
+
+def describe(output: OutputPlan) -> dict[str, object]:
+    """The plan of one output as plain data, for --dry-run --json."""
+    return {
+        "quant": output.label,
+        "path": str(output.path),
+        "nbytes": output.nbytes,
+        "bits_per_weight": float(output.bits_per_weight),
+        "mix": output.mix,
+        "types": {name: kind.name for name, kind in output.types.items()},
+        "recipe": output.recipe,
+    }

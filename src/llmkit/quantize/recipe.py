@@ -1,0 +1,54 @@
+"""What somebody asks for: a quant and the exceptions from it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from ..errors import LlmkitError
+from ..quants import Quant, TensorType, tensor_type
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A quant with overrides. `tensor_types` are (regular expression, type) pairs, the first match wins.
+
+    `pure` switches the mix off: every quantizable tensor gets the default type. The engine lower-cases nothing here,
+    unlike the llama-quantize program.
+    """
+
+    quant: Quant
+    tensor_types: tuple[tuple[str, TensorType], ...] = ()
+    output_type: TensorType | None = None
+    embedding_type: TensorType | None = None
+    pure: bool = False
+
+    def __str__(self) -> str:
+        parts = [self.quant.name, *(f"{pattern}={kind.name}" for pattern, kind in self.tensor_types)]
+        parts += [f"{name}={kind.name}" for name, kind in self._ends() if kind]
+        return " ".join(parts + ["pure"] * self.pure)
+
+    def _ends(self) -> tuple[tuple[str, TensorType | None], ...]:
+        return (("output", self.output_type), ("embedding", self.embedding_type))
+
+    def overrides(self, tied: bool) -> list[tuple[str, str]]:
+        """All exceptions as (pattern, type name) for the engine; patterns get its shape fallback, its flags do not.
+
+        With tied embeddings the output matrix is the embedding, so `output_type` means token_embd unless that has its own.
+        """
+        embedding = self.embedding_type or (self.output_type if tied else None)
+        ends = ((r"^output\.weight$", self.output_type), (r"^token_embd\.weight$", embedding))
+        found = [(pattern, kind.name) for pattern, kind in ends if kind]
+        return found + [(pattern, kind.name) for pattern, kind in self.tensor_types]
+
+
+def parse_tensor_type(text: str) -> tuple[str, TensorType]:
+    """REGEX=TYPE from a command line. Raises LlmkitError, Unsupported."""
+    pattern, equals, name = text.rpartition("=")
+    if not equals or not pattern:
+        raise LlmkitError(f"--tensor-type {text!r}: expected REGEX=TYPE", r"For example: --tensor-type 'ffn_down=Q6_K'")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise LlmkitError(f"--tensor-type {text!r}: the regular expression is broken: {error}") from None
+    return pattern, tensor_type(name)

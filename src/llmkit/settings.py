@@ -1,0 +1,33 @@
+"""Every environment variable llmkit reads, one function each, read when called.
+
+HF_HOME, HF_TOKEN and HF_ENDPOINT belong to huggingface_hub and are left to it.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def home() -> Path:
+    """Folder for what llmkit keeps between runs (LLMKIT_HOME, else the user's cache folder)."""
+    if chosen := os.environ.get("LLMKIT_HOME"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmkit"
+
+
+def debug() -> bool:
+    """Whether doors show tracebacks of user errors (LLMKIT_DEBUG=1)."""
+    return os.environ.get("LLMKIT_DEBUG", "") not in ("", "0")
+
+
+def colour_allowed() -> bool:
+    """Whether colours may be printed: NO_COLOR (no-color.org) forbids them."""
+    return not os.environ.get("NO_COLOR")
+
+
+def threads() -> int:
+    """Worker threads when nobody says otherwise: the CPUs this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return max(1, len(os.sched_getaffinity(0)))
+    return max(1, os.cpu_count() or 1)

@@ -1,0 +1,85 @@
+"""Files on disk: a final name is always a whole file, and room is looked for before the first byte.
+
+    with whole(path) as partial: write to partial      → renamed to path at the end, deleted when something fails
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from .errors import AccessDenied, LlmkitError, NotEnoughRoom
+
+
+def partial_path(path: Path) -> Path:
+    """Where the unfinished version of `path` is kept."""
+    return path.with_name(path.name + ".partial")
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Yield a partial file's path; at the end it becomes `path`, or vanishes when the block raised."""
+    partial = partial_path(path)
+    try:
+        yield partial
+        finish(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+
+
+def finish(partial: Path, path: Path) -> None:
+    """Make a fully written partial file final: synced to disk, renamed, the rename synced."""
+    with open(partial, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut, where the system can."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass  # some network file systems cannot sync folders
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Make `folder` and check that files can be written there. Raises AccessDenied, LlmkitError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".llmkit-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except PermissionError:
+        raise AccessDenied(f"{folder}: may not be written", "Choose another folder with --out.") from None
+    except (FileExistsError, NotADirectoryError):
+        raise LlmkitError(f"{folder}: is a file, expected a folder", "Choose another folder with --out.") from None
+    except OSError as error:
+        raise AccessDenied(f"{folder}: cannot be written: {error.strerror}", "Choose another folder with --out.") from error
+
+
+def free_nbytes(folder: Path) -> int:
+    """Bytes free for this user where `folder` is, or will be."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def require_room(folder: Path, nbytes: int) -> None:
+    """Raise NotEnoughRoom unless `nbytes` fit."""
+    free = free_nbytes(folder)
+    if nbytes > free:
+        raise NotEnoughRoom(
+            f"{folder}: {nbytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free",
+            "Free some room, choose another folder with --out, or a smaller quant.",
+        )
