@@ -82,8 +82,9 @@ class Turn:
 
 @dataclass
 class _Answer:
-    """The state of an answer on its way."""
+    """An answer on its way. `tokens`: the prompt and what has been generated; `logits` are of the last of them."""
 
+    turn: Turn
     logits: NDArray[np.float32]
     tokens: list[int]
     stream: TextStream
@@ -164,14 +165,14 @@ class Chat:
         seed = self.sampling.seed if self.sampling.seed is not None else samplers.fresh_seed()
         began = time.perf_counter()
         reused = self._reuse(tokens)
-        self.turn = Turn(seed, len(tokens), reused, merged)
         logits = self._eval(tokens[reused:])
-        self.turn = replace(self.turn, prompt_ms=1000 * (time.perf_counter() - began))
-        answer = _Answer(logits, tokens, TextStream(self.stop), samplers.generator(seed, len(self.messages)))
-        self.messages.append(question)
-        self.messages.append(Message("assistant", ""))
+        turn = Turn(seed, len(tokens), reused, merged, 1000 * (time.perf_counter() - began))
+        answer = _Answer(turn, logits, tokens, TextStream(self.stop), samplers.generator(seed, len(self.messages)))
+        self.messages += [question, Message("assistant", "")]
         try:
-            yield from self._answer(answer)
+            for step in self._answer(answer):
+                self.turn = answer.turn
+                yield step
         finally:
             self.messages[-1] = Message("assistant", answer.stream.text)
 
@@ -191,65 +192,55 @@ class Chat:
         """Evaluate and return the last row of logits. Raises EngineError when they are no numbers."""
         try:
             row: NDArray[np.float32] = self._session.eval(tokens).logits[-1]
-        except BaseException:  # also Ctrl-C: the session knows how far it came
+        finally:  # after an error or Ctrl-C the session knows how far it came
             self._held = (self._held + tokens)[: self._session.n]
-            raise
-        self._held += tokens
         if not np.isfinite(row.max()):
-            raise EngineError(
-                "the model's output is not a number", "The file may be damaged, or made for another engine."
-            )
+            raise EngineError("the model's output is not a number", "The file may be damaged.")
         return row
 
     def _answer(self, answer: _Answer) -> Iterator[Step]:
-        before = answer.began
-        while True:
-            step, token = self._step(answer), answer.tokens[-1]
-            now = time.perf_counter()
-            step, before = replace(step, ms=1000 * (now - before)), now
-            assert self.turn is not None
-            self.turn = replace(
-                self.turn,
-                generated=self.turn.generated + 1,
-                generated_ms=self.turn.generated_ms + (step.ms if self.turn.generated else 0.0),
+        step: Step | None = None
+        while step is None or step.finish is None:
+            if step is not None:
+                answer.began = time.perf_counter()  # the reader's time is not the model's
+                answer.logits = self._eval([step.id])
+            step = self._step(answer)
+            first, turn = answer.turn.generated == 0, answer.turn
+            answer.turn = replace(
+                turn,
+                generated=turn.generated + 1,
+                generated_ms=turn.generated_ms + (0.0 if first else step.ms),  # the first came with the prompt
                 finish=step.finish,
             )
             yield step
-            if step.finish:
-                return
-            before = time.perf_counter()  # the reader's time is not the model's
-            answer.logits = self._eval([token])
 
     def _step(self, answer: _Answer) -> Step:
         """Choose the next token from the logits and describe it."""
-        assert self.turn is not None
         logprobs = samplers.log_softmax(answer.logits)
         token = samplers.draw(samplers.survivors(answer.logits, answer.tokens, self.sampling), answer.random)
         answer.tokens.append(token)
         piece = self.backend.piece(token)
         ended = token in self.backend.info.eos
         text = "" if ended else answer.stream.feed(piece)
-        finish: Finish | None = None
-        if ended:
-            finish = "end"
-        elif answer.stream.stopped:
-            finish = "stop"
-        elif self.turn.generated + 1 == self.sampling.max_tokens:
-            finish = "length"
-        elif self.used >= self.total:
-            finish = "context"
-        if finish:
-            text += answer.stream.finish()
+        finish = "end" if ended else self._finish(answer)
         return Step(
-            token,
-            piece,
-            text,
-            float(logprobs[token]),
-            self._alternatives(logprobs),
-            samplers.entropy(logprobs),
-            0,
-            finish,
+            id=token,
+            piece=piece,
+            text=text + answer.stream.finish() if finish else text,
+            logprob=float(logprobs[token]),
+            alternatives=self._alternatives(logprobs),
+            entropy=samplers.entropy(logprobs),
+            ms=1000 * (time.perf_counter() - answer.began),
+            finish=finish,
         )
+
+    def _finish(self, answer: _Answer) -> Finish | None:
+        """Why the answer ends with the token just chosen, if it does."""
+        if answer.stream.stopped:
+            return "stop"
+        if answer.turn.generated + 1 == self.sampling.max_tokens:
+            return "length"
+        return "context" if self.used >= self.total else None
 
     def _alternatives(self, logprobs: NDArray[np.float64]) -> tuple[Alternative, ...]:
         count = min(self.n_alternatives, len(logprobs))

@@ -5,8 +5,8 @@ src/llama-vocab.cpp), and a wrong name gives wrong tokens without a word. A name
   1. by hash: the ids of PROBE, looked up among tokenizers we have seen (independent of how the file spells its rules);
   2. by structure: the cuts that pre_tokenizer describes, looked up in PRETOKENIZERS (independent of the vocabulary);
   3. by the user: --pre NAME.
-Owner of the package `tokenizers`. Adding a tokenizer: a row in PRETOKENIZERS (tests/test_pretokenizers.py compares every
-row with the engine), a line in PROBE_HASHES when its files can be had.
+Owner of the package `tokenizers`. Adding a tokenizer: a row in PRETOKENIZERS (tests/test_pretokenizers.py compares
+every row with the engine), a line in PROBE_HASHES when its files can be had.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DIGIT, DIGITS = r"\p{N}", r"\p{N}+"
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 PUNCTUATION_RUNS = r"[\p{P}\$\+<=>\^~\|`]+"
 _CJK = r"[一-龥぀-ゟ゠-ヿ]+"
-_WORDS_P = rf"{_PUNCTUATED}[A-Za-z]+|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACES}"
+_WORDS = rf"{_PUNCTUATED}[A-Za-z]+|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACES}"
 
 
 def _tiktoken(number: str, letters: str = r"\p{L}", spaces: str = _SPACES) -> str:
@@ -86,7 +86,7 @@ PRETOKENIZERS = (
     PreTokenizer("tekken", (_cased(DIGIT),), ignore_merges=True, adds_bos=True),
     PreTokenizer("gpt-4o", (GPT4O,)),
     PreTokenizer("tiny_aya", (r"\d{1,3}(?=(?:\d{3})*\b)", GPT4O)),
-    PreTokenizer("deepseek-v3", (r"\p{N}{1,3}", _CJK, _WORDS_P)),
+    PreTokenizer("deepseek-v3", (r"\p{N}{1,3}", _CJK, _WORDS)),
     PreTokenizer("deepseek-coder", (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _WIDE_CJK, DIGIT)),
     PreTokenizer("default", (PUNCTUATION_RUNS, GPT2, DIGITS, "[0-9][0-9][0-9]"), tidies=True),
 )
@@ -94,18 +94,18 @@ PRETOKENIZERS = (
 # Every name the engine takes (llama.cpp src/llama-vocab.cpp, llama_vocab::impl::load); those without a row above can
 # only be found by hash or given with --pre.
 NAMES = frozenset(
-    "a.x-4.0 afmoe bailingmoe bailingmoe2 bloom chameleon chatglm-bpe codeshell cohere2moe command-r dbrx deepseek-coder "
-    "deepseek-llm deepseek-r1-qwen deepseek-v3 default exaone exaone-moe exaone4 f2llmv2 falcon falcon-h1 falcon3 "
-    "gemma4 gigachat glm4 glm5 gpt-2 gpt-4o gpt3-finnish granite-docling granite-embed-multi-311m "
-    "granite-embed-multi-97m grok-2 hunyuan hunyuan-dense hy_v4 jais jais-2 jina-de jina-es jina-v1-en jina-v2-code "
-    "jina-v2-de jina-v2-es jina-v5-nano joyai-llm kanana2 kimi-k2 kormo laguna lfm2 llada-moe llama-bpe llama-v3 llama3 "
-    "llama4 megrez mellum mellum2 midm-2.0 minerva-7b minicpm5 minimax-m2 modern-bert mpt olmo phi-2 pixtral poro-chat "
-    "qwen2 qwen35 refact roberta-bpe sarvam-moe seed-coder smaug-bpe smollm solar-open spark2_5 stablelm2 starcoder "
-    "superbpe talkie tekken tiny_aya trillion ufakzeka viking whitespace youtu".split()
+    "a.x-4.0 afmoe bailingmoe bailingmoe2 bloom chameleon chatglm-bpe codeshell cohere2moe command-r dbrx deepseek- "
+    "coder deepseek-llm deepseek-r1-qwen deepseek-v3 default exaone exaone-moe exaone4 f2llmv2 falcon falcon-h1 "
+    "falcon3 gemma4 gigachat glm4 glm5 gpt-2 gpt-4o gpt3-finnish granite-docling granite-embed-multi-311m granite- "
+    "embed-multi-97m grok-2 hunyuan hunyuan-dense hy_v4 jais jais-2 jina-de jina-es jina-v1-en jina-v2-code "
+    "jina-v2-de jina-v2-es jina-v5-nano joyai-llm kanana2 kimi-k2 kormo laguna lfm2 llada-moe llama-bpe llama-v3 "
+    "llama3 llama4 megrez mellum mellum2 midm-2.0 minerva-7b minicpm5 minimax-m2 modern-bert mpt olmo phi-2 pixtral "
+    "poro-chat qwen2 qwen35 refact roberta-bpe sarvam-moe seed-coder smaug-bpe smollm solar-open spark2_5 stablelm2 "
+    "starcoder superbpe talkie tekken tiny_aya trillion ufakzeka viking whitespace youtu".split()
 )
 
 # What pre-tokenizers disagree about: runs of digits after letters, spaces and signs, runs of blanks and line ends,
-# contractions in both cases, camelCase, scripts without spaces, marks, emoji. In NFC, so that a normalizer leaves it be.
+# contractions in both cases, camelCase, scripts without spaces, marks, emoji. In NFC already: normalizers leave it be.
 PROBE = (
     "It's 7, 42, 365, 2024, 16384 or 1000000? We'LL see; they'd said: DON'T!\n"
     "x1=3.14159e-10;y22 = 'a'*333 # 4444+55555\n\n\n"
@@ -113,13 +113,28 @@ PROBE = (
     "Größe 12 m², naïve café — Ελλάδα 2004, Москва 1147 г. ½ Ⅷ ٣٤\n"
     "東京は2021年に、价格是¥128元。서울 25개 구 ไทย๑๒ हिन्दी भाषा עברית العربية ١٢٣\n"
     "😀👩‍💻🇫🇷🏳️‍🌈 →∞≠ «quoted» “curly” ‘'s’ ... ---- ====>>> /usr/local/bin//x ${HOME}_1\n"
-    "x̄.get(y̌,z).set() a̱'s n̈.to नाम.com กำ.net [1]//2 (see)  \n\n  $x=-1; f('reload','Data','tools')\n\n"
+    "x̄.get(y̌,z).set() a̱'s n̈.to नाम.com กำ.net [1]//2 (see)  \n\n  $x=-1; f(l'Data, o'Reilly 'tools)\n\n"
     "iPhone15ProMax McDonald'S     five      six       7      8\u00a0nbsp\u3000wide  "
 )
 
-# sha256 of the probe's ids, comma-separated, no special tokens → name. Found with scripts that load the real files:
-# print(pretokenizers.probe_hash(Path("tokenizer.json"))).
-PROBE_HASHES: Mapping[str, str] = {}
+# sha256 of the probe's ids → name: see probe_hash. The first block from real tokenizer.json files, the second from the
+# engine's own ids on the vocabularies in llama.cpp's models/ (ggml-vocab-*.gguf).
+PROBE_HASHES: Mapping[str, str] = {
+    "f2e68a6d89f4fb3bbd630d0a407ed6b3d017b90e19c8dafc2b52437419df5bf4": "llama-bpe",  # Llama 3
+    "b08ab2d097f6ef26345d56896996c1bf093ffc87aa23fffe9387255c89d44ca5": "qwen2",  # Qwen 2, 2.5, 3
+    "f39930cbce175d6bdf294f16ab73522ff3ed0ba069df0ebec50aaed9104174ff": "smollm",  # SmolLM2
+    "d4890d268944371a4a1ab73088fc4d7d9b8064048969ade41a6576dc61fd4c23": "deepseek-v3",  # DeepSeek V3, V4
+    "15224e03b82708f68102959bbdce21578a43d483ebfe42b7475b5dc2dfa109a4": "gpt-4o",  # o200k: GPT-4o, gpt-oss
+    "b80514dff208e8846bd3d1b65a8be1ce31f95d3a2303f553993c717a46d6a532": "dbrx",  # cl100k: GPT-3.5
+    "709f0a25044780a2d330237827d378dfe0a2477c22a84ada0961981b07bbe503": "gpt-2",  # GPT-2
+    "da93a722a49b83e488127a0016a5b8e772cd78dab8277c2c36eaffc61404f4cb": "deepseek-llm",
+    "9046116a594f0bfa7014c949273c840d22cb8c41c7618d02734b97aa478ea7ab": "deepseek-coder",
+    "b51b3fd3909e27ccd90b5c10faefe7aec859ad38b507af793ae22d111c4ee4ee": "falcon",
+    "84e81a3756da499df7a6539deeb81b2047692de565dda7c47fcc3ed5b1852fa6": "starcoder",
+    "464e699f138780ddfd7c725bfd3f3b01080d9403d076388cacdc866514568fac": "refact",
+    "1de80b47e3caf9ca12329546b31e10d26303821614fc97d9766c497a7fa0ba74": "command-r",
+    "68b4ca508042e082594ada47dbfdf01aec6820c541996811096c9481dbf04299": "mpt",
+}
 
 
 @dataclass(frozen=True)
@@ -134,8 +149,8 @@ class Detection:
 def detect(path: Path, document: Mapping[str, Any], *, pre: str | None = None, tidies: bool = False) -> Detection:
     """The engine's pre-tokenizer for the byte-level BPE of `document`, the content of the tokenizer.json at `path`.
 
-    `pre` overrides; `tidies` is tokenizer_config's clean_up_tokenization_spaces. Raises Unsupported when nothing fits or
-    `pre` is not a name of the engine, InvalidModel when `tokenizers` cannot read the file.
+    `pre` overrides; `tidies` is tokenizer_config's clean_up_tokenization_spaces. Raises Unsupported when nothing fits
+    or `pre` is not a name of the engine, InvalidModel when `tokenizers` cannot read the file.
     """
     if pre is not None:
         return Detection(check_name(pre), "--pre", _normalizer_warnings(document))
@@ -146,14 +161,14 @@ def detect(path: Path, document: Mapping[str, Any], *, pre: str | None = None, t
     if not rows:
         raise Unsupported(
             f"{path}: the engine has no pre-tokenizer for this one: {' then '.join(cuts) or 'none at all'}",
-            f"If you know a model that cuts text the same way, give its name with --pre NAME: {', '.join(sorted(NAMES))}.",
+            f"If you know a model that cuts text the same way, say --pre NAME with one of: {', '.join(sorted(NAMES))}.",
         )
     ignores = bool(document["model"].get("ignore_merges", False))
     row = min(rows, key=lambda row: (row.ignore_merges != ignores, row.tidies != tidies))
     notes = _normalizer_warnings(document)
     if row.ignore_merges != ignores:
         does = "looks whole words up before merging" if row.ignore_merges else "always merges"
-        notes += (f"{path.name}: ignore_merges is {ignores}, but the engine's '{row.name}' {does}: rare words may differ",)
+        notes += (f"{path.name}: ignore_merges is {ignores}, the engine's '{row.name}' {does}: rare words may differ",)
     return Detection(row.name, "structure", notes)
 
 
@@ -173,8 +188,8 @@ def cuts_of(step: Any) -> tuple[str, ...]:
     """The regular expressions by which a pre_tokenizer of tokenizer.json cuts, in order.
 
     Different spellings of one cut become equal: Digits and ByteLevel as the expression they stand for, "Removed" with
-    "invert" (keep only what matches) as "Isolated" when the expression matches everything. What has no such form is kept
-    as a readable word that equals no row.
+    "invert" (keep only what matches) as "Isolated" when the expression matches everything. What has no such form is
+    kept as a readable word that equals no row.
     """
     if not isinstance(step, Mapping):
         return () if step is None else (f"{step!r}",)
@@ -196,7 +211,7 @@ def cuts_of(step: Any) -> tuple[str, ...]:
 def _split(step: Mapping[str, Any]) -> str:
     pattern, behavior, invert = step.get("pattern"), step.get("behavior"), bool(step.get("invert"))
     if isinstance(pattern, Mapping) and isinstance(pattern.get("Regex"), str):
-        regex = pattern["Regex"].replace("\r", r"\r").replace("\n", r"\n")
+        regex = str(pattern["Regex"]).replace("\r", r"\r").replace("\n", r"\n")
     elif isinstance(pattern, Mapping) and isinstance(pattern.get("String"), str):
         regex = re.escape(pattern["String"])
     else:

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import engine, settings, store
-from ..convert.tensors import LazyTensor, Rows
+from ..convert.tensors import LazyTensor, Rows, read_span
 from ..errors import InvalidModel, LlmkitError, NotEnoughRoom
 from ..progress import OnProgress, Progress, ignore
 from ..quants import F32, TensorType
@@ -61,6 +61,8 @@ class _Target:
     descriptors: dict[str, int] = field(default_factory=dict)
     cpu_seconds: float = 0.0
     finished: list[str] = field(default_factory=list)
+    # The kernel lets one thread at a time write to a file; those that wait for it there burn CPU, those that wait here sleep.
+    writing: threading.Lock = field(default_factory=threading.Lock)
 
     def place(self, name: str) -> tuple[int, int]:
         """Descriptor and offset of a tensor."""
@@ -214,20 +216,27 @@ class _Pass:
 
     def _make(self, chunk: _Chunk) -> list[float]:
         """Read the chunk once, write it for every target; CPU seconds each took."""
-        tensor, raw = chunk.tensor, chunk.tensor.read(chunk.start, chunk.stop)
+        tensor = chunk.tensor
+        raw: Rows | None = None
         values: Rows | None = None
         seconds = []
         for target in chunk.targets:
             before = time.thread_time()
             kind = target.output.types[tensor.name]
-            if kind is tensor.type:
-                block = np.ascontiguousarray(raw)
-            else:
-                if values is None:
-                    values = np.ascontiguousarray(tensor.widen(raw))
-                block = self._quantize(chunk, values, kind, target)
             descriptor, offset = target.place(tensor.name)
-            _write(descriptor, block, offset + chunk.start * kind.row_nbytes(tensor.width))
+            offset += chunk.start * kind.row_nbytes(tensor.width)
+            if kind is tensor.type and tensor.span:
+                with target.writing:
+                    _copy(chunk, descriptor, offset)
+            else:
+                raw = tensor.read(chunk.start, chunk.stop) if raw is None else raw
+                if kind is tensor.type:
+                    block = np.ascontiguousarray(raw)
+                else:
+                    values = np.ascontiguousarray(tensor.widen(raw)) if values is None else values
+                    block = self._quantize(chunk, values, kind, target)
+                with target.writing:
+                    _write(descriptor, block, offset)
             seconds.append(time.thread_time() - before)
         return seconds
 
@@ -246,6 +255,23 @@ class _Pass:
                 " finite; the checkpoint holds NaN, infinity or numbers too large for the type"
             )
         return block
+
+
+def _copy(chunk: _Chunk, descriptor: int, offset: int) -> None:
+    """Rows that lie in a file as they are wanted: copied inside the kernel, where it can."""
+    path, begin = chunk.tensor.span or (Path(), 0)
+    start, nbytes = begin + _source_nbytes(chunk.tensor, 0, chunk.start), _source_nbytes(chunk.tensor, chunk.start, chunk.stop)
+    done = 0
+    try:
+        with open(path, "rb", buffering=0) as source:
+            while done < nbytes and (
+                count := os.copy_file_range(source.fileno(), descriptor, nbytes - done, start + done, offset + done)
+            ):
+                done += count
+    except (AttributeError, OSError):
+        pass  # not Linux, or two kinds of file systems: read and write the rest
+    if done < nbytes:
+        _write(descriptor, read_span(path, start + done, nbytes - done), offset + done)
 
 
 def _write(descriptor: int, block: Rows, offset: int) -> None:

@@ -9,6 +9,7 @@ The first that is there is taken. Facts: llama.cpp conversion/base.py, gguf-py/g
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +110,9 @@ def _read_document(folder: Path) -> TokenizerJson | None:
         raise
 
 
-def _model(folder: Path, document: TokenizerJson | None, tokenizer_config: Mapping[str, Any], pre: str | None) -> _Model:
+def _model(
+    folder: Path, document: TokenizerJson | None, tokenizer_config: Mapping[str, Any], pre: str | None
+) -> _Model:
     if pre is not None:
         pretokenizers.check_name(pre)
     not_needed = pretokenizers.Detection("default", "not needed")
@@ -123,16 +126,14 @@ def _model(folder: Path, document: TokenizerJson | None, tokenizer_config: Mappi
     if document is None:
         raise ModelNotFound(
             f"{folder}: has no tokenizer that llmkit reads",
-            "Expected tokenizer.json or a SentencePiece tokenizer.model; transformers' save_pretrained writes the former.",
+            "Expected tokenizer.json, which transformers' save_pretrained writes, or a SentencePiece tokenizer.model.",
         )
     n_base = max(document.vocab.values()) + 1
-    trimming = [token.content for token in document.added if token.trims]
-    notes = tuple([f"{len(trimming)} added tokens (such as {trimming[0]!r}) swallow blanks or need whole words; the engine ignores that"]) if trimming else ()  # fmt: skip
     if merged_pieces.is_sentencepiece(document):
         return _Model(
             document.path, "llama", not_needed, merged_pieces.tokens(document), n_base,
             adds_space_prefix=merged_pieces.adds_space_prefix(document),
-            warnings=(*merged_pieces.warnings(document), *notes),
+            warnings=(*merged_pieces.warnings(document), *_trimming(document)),
         )  # fmt: skip
     if not byte_level.is_byte_level(document):
         raise Unsupported(f"{document.path}: is a BPE of an unknown kind: neither byte-level nor SentencePiece's")
@@ -141,7 +142,17 @@ def _model(folder: Path, document: TokenizerJson | None, tokenizer_config: Mappi
     tidies = tokenizer_config.get("clean_up_tokenization_spaces") is True
     detected = pretokenizers.detect(document.path, document.document, pre=pre, tidies=tidies)
     merges = Value.array(ValueType.STRING, byte_level.merges(document))
-    return _Model(document.path, "gpt2", detected, byte_level.tokens(document), n_base, merges, warnings=notes)
+    return _Model(
+        document.path, "gpt2", detected, byte_level.tokens(document), n_base, merges, warnings=_trimming(document)
+    )
+
+
+def _trimming(document: TokenizerJson) -> tuple[str, ...]:
+    trimming = [token.content for token in document.added if token.trims]
+    if not trimming:
+        return ()
+    some = f"{len(trimming)} added tokens (such as {trimming[0]!r})"
+    return (f"{some} swallow neighbouring blanks or match whole words only; the engine does neither",)
 
 
 def _added_tokens(
@@ -157,10 +168,10 @@ def _added_tokens(
             yield token.id, token.content, token.special
     path = folder / "tokenizer_config.json"
     decoder = tokenizer_config.get("added_tokens_decoder")
-    for number, entry in decoder.items() if isinstance(decoder, Mapping) else ():
-        text = entry.get("content") if isinstance(entry, Mapping) else None
-        checked = _checked(path, int(number) if number.isascii() and number.isdigit() else number, text)
-        yield checked, str(text), bool(entry.get("special"))
+    for key, entry in decoder.items() if isinstance(decoder, Mapping) else ():
+        fields = entry if isinstance(entry, Mapping) else {}
+        number = _checked(path, int(key) if re.fullmatch("[0-9]{1,9}", key) else key, fields.get("content"))
+        yield number, fields["content"], bool(fields.get("special"))
 
 
 def _checked(path: Path, number: Any, text: Any) -> int:
@@ -184,7 +195,7 @@ def _sizes(model: _Model, config: Mapping[str, Any], pad: bool) -> tuple[int, in
         )
     lost = sorted(number for number in model.rows if number >= declared)
     notes = tuple(
-        f"{model.path.name}: token {model.rows[number].text!r} has the id {number}, beyond vocab_size {declared}: left out"
+        f"{model.path.name}: token {model.rows[number].text!r} is {number}, beyond vocab_size {declared}: left out"
         for number in lost[:3]
     ) + ((f"… and {len(lost) - 3} more such tokens",) if len(lost) > 3 else ())
     n_real = min(n_real, declared)

@@ -28,12 +28,12 @@ def tokens(source: TokenizerJson) -> dict[int, Token]:
 
 
 def merges(source: TokenizerJson) -> Iterable[str]:
-    """Merges as the engine reads them: two parts with a space between; a space inside a part takes its byte-level form."""
+    """Merges as the engine reads them: two parts and a space between; a space in a part takes its byte-level form."""
     return (f"{left.replace(' ', _SPACE)} {right.replace(' ', _SPACE)}" for left, right in source.merges)
 
 
 def _as_written(tokenizer: Any, content: str, number: int) -> str:
-    """How an added token that skips the normalizer stands in a text: the spelling it decodes to, if that encodes back."""
+    """How an added token that skips the normalizer looks in a text: what it decodes to, if that encodes back."""
     text = str(tokenizer.decode([number], skip_special_tokens=False))
     if text == content or not text:
         return content

@@ -1,8 +1,8 @@
 """Where a model's chat template lies, and which file wins when there are several.
 
 Order of llama.cpp (gguf-py/gguf/vocab.py): the key chat_template of tokenizer_config.json; chat_template.jinja (with
-additional_chat_templates/*.jinja as named ones); chat_template.json. transformers writes the .jinja file only, so a copy
-in tokenizer_config.json may be older: two that differ are reported.
+additional_chat_templates/*.jinja as named ones); chat_template.json. transformers 5 writes the .jinja file only, so a
+copy in tokenizer_config.json may be older: two that differ are reported.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def find(folder: Path, tokenizer_config: Mapping[str, Any]) -> ChatTemplate:
         return ChatTemplate()
     source, templates = present[0]
     differing = [other for other, others in present[1:] if others.get("default") != templates.get("default")]
-    notes = tuple(f"the chat template in {other} differs from the one in {source}, which was taken" for other in differing)
-    return ChatTemplate(templates, source, notes)
+    notes = (f"the chat template in {other} differs from the one in {source}, which was taken" for other in differing)
+    return ChatTemplate(templates, source, tuple(notes))
 
 
 def _named(path: Path, found: Any) -> dict[str, str]:
@@ -62,7 +62,7 @@ def _named(path: Path, found: Any) -> dict[str, str]:
     if is_text(found):
         return {"default": found}
     if not isinstance(found, list):
-        raise InvalidModel(f"{path}: chat_template is {type(found).__name__}, expected text or a list of named templates")
+        raise InvalidModel(f"{path}: chat_template is {type(found).__name__}, expected text or a list of named texts")
     templates = {}
     for entry in found:
         name, text = (entry.get("name"), entry.get("template")) if isinstance(entry, Mapping) else (None, None)

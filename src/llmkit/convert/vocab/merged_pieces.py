@@ -23,16 +23,17 @@ def tokens(source: TokenizerJson) -> dict[int, Token]:
     """Rows by id, with scores 0, -1, -2 … in the order of model.merges."""
     scores = _scores(source)
     lowest = ADDED_SCORE - len(scores)
-    rows = {
-        number: Token(text, TokenType.BYTE if BYTE_TOKEN.fullmatch(text) else TokenType.NORMAL, scores.get(text, lowest))
-        for text, number in source.vocab.items()
-    }
+    rows = {number: Token(text, _type(text), scores.get(text, lowest)) for text, number in source.vocab.items()}
     if (number := source.vocab.get(source.unk_token or "")) is not None:
         rows[number] = Token(source.unk_token or "", TokenType.UNKNOWN, rows[number].score)
     for token in source.added:
         if token.content not in scores or token.special or not is_blanks(token.content):
             rows[token.id] = added(token.content, token.special, scores.get(token.content, lowest))
     return rows
+
+
+def _type(text: str) -> TokenType:
+    return TokenType.BYTE if BYTE_TOKEN.fullmatch(text) else TokenType.NORMAL
 
 
 def _scores(source: TokenizerJson) -> dict[str, float]:
@@ -52,7 +53,7 @@ def warnings(source: TokenizerJson) -> list[str]:
     ]  # fmt: skip
     if not lone:
         return []
-    return [f"{source.path.name}: no merge builds {len(lone)} tokens (such as {lone[0]!r}), but the engine may use them"]
+    return [f"{source.path.name}: no merge builds {len(lone)} tokens (such as {lone[0]!r}), the engine may use them"]
 
 
 def adds_space_prefix(source: TokenizerJson) -> bool:

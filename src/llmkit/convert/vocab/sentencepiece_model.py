@@ -44,7 +44,9 @@ def read(path: Path) -> SentencePieceModel:
     """Read and check `path`. Raises InvalidModel; Unsupported for unigram models."""
     if path.stat().st_size > _MAX_BYTES:
         raise InvalidModel(f"{path}: is {path.stat().st_size} bytes, too much for a SentencePiece model")
-    pieces, model_type, normalizer = [], 1, {}
+    pieces: list[Token] = []
+    model_type: int | bytes = 1
+    normalizer: dict[int, int | bytes] = {}
     for number, value in _fields(path, path.read_bytes(), "the model"):
         if number == 1 and isinstance(value, bytes):
             pieces.append(_piece(path, len(pieces), dict(_fields(path, value, f"piece {len(pieces)}"))))
@@ -55,7 +57,7 @@ def read(path: Path) -> SentencePieceModel:
     if not pieces:
         raise InvalidModel(f"{path}: holds no pieces")
     if model_type != 2:
-        kind = _MODEL_TYPES.get(model_type, model_type) if isinstance(model_type, int) else model_type
+        kind = _MODEL_TYPES.get(model_type, "unknown") if isinstance(model_type, int) else "unknown"
         raise Unsupported(f"{path}: is a SentencePiece model of type {kind}; llmkit converts BPE")
     return SentencePieceModel(path, tuple(pieces), bool(normalizer.get(3, 1)), tuple(_warnings(path, normalizer)))
 

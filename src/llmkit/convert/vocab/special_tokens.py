@@ -45,7 +45,7 @@ class SpecialTokens:
 
 @dataclass(frozen=True)
 class Sources:
-    """What the folder says: tokenizer.json ({} without one), tokenizer_config.json, config.json, and the final tokens."""
+    """What the folder says: tokenizer.json ({} without one), tokenizer_config.json, config.json; the final tokens."""
 
     document: Mapping[str, Any]
     tokenizer_config: Mapping[str, Any]
@@ -127,7 +127,7 @@ def _read_single(single: Sequence[tuple[str, str]], found: SpecialTokens) -> tup
                 found.texts.setdefault(role, first)
         found.adds["bos"] = first in (found.texts.get("bos"), found.texts.get("cls"))
         if not found.adds["bos"]:
-            found.warnings.append(f"the tokenizer begins every text with {first!r}, which is not its bos token: left out")
+            found.warnings.append(f"the tokenizer begins every text with {first!r}, not its bos token: left out")
     if last:
         eos = found.texts.get("eos")
         if eos is not None and eos != last:  # a chat model's end of turn: what was eos ends the turn
@@ -160,8 +160,8 @@ def _read_settings(tokenizer_config: Mapping[str, Any], found: SpecialTokens) ->
         setting = tokenizer_config.get(f"add_{role}_token")
         if isinstance(setting, bool) and found.adds.setdefault(role, setting) != setting:
             found.warnings.append(
-                f"tokenizer_config.json says add_{role}_token={str(setting).lower()}, the post-processor of tokenizer.json "
-                "says otherwise: it decides"
+                f"tokenizer_config.json says add_{role}_token={str(setting).lower()}, the post-processor of "
+                "tokenizer.json says otherwise: it decides"
             )
 
 
@@ -187,7 +187,7 @@ def _set(role: str, number: int | None, where: str, sources: Sources, found: Spe
     if number < 0:
         raise InvalidModel(f"{where} is {number}, expected a token id")
     if number >= sources.n_tokens:
-        found.warnings.append(f"{where}: the {role} token has the id {number}, but there are {sources.n_tokens} tokens: left out")
+        found.warnings.append(f"{where}: the {role} token is {number}, beyond the {sources.n_tokens} tokens: left out")
         return
     found.ids[role] = number
 

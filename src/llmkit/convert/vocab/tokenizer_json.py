@@ -11,6 +11,7 @@ from ...checkpoint import read_json
 from ...errors import InvalidModel, Unsupported
 
 _MAX_ID = 1 << 24  # far above any vocabulary; keeps a wild id from allocating a list of that length
+_EXPECTED = f"expected 0 … {_MAX_ID - 1}"
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def _vocab(path: Path, found: Any) -> dict[str, int]:
     owner: dict[int, str] = {}
     for token, number in found.items():
         if not is_text(token) or not is_id(number):
-            raise InvalidModel(f"{path}: model.vocab: token {token!r} has the id {number!r}, expected 0 … {_MAX_ID - 1}")
+            raise InvalidModel(f"{path}: model.vocab: token {token!r} has the id {number!r}, {_EXPECTED}")
         if number in owner:
             raise InvalidModel(f"{path}: model.vocab: tokens {owner[number]!r} and {token!r} both have the id {number}")
         owner[number] = token
@@ -115,12 +116,11 @@ def _added(path: Path, found: Any, vocab: Mapping[str, int]) -> tuple[AddedToken
     tokens = [_added_token(path, f"added_tokens[{position}]", entry) for position, entry in enumerate(found)]
     ids, by_id = dict(vocab), {number: token for token, number in vocab.items()}
     for token in tokens:
-        if ids.setdefault(token.content, token.id) != token.id or by_id.setdefault(token.id, token.content) != token.content:
-            known, at = by_id.get(token.id, token.content), ids[token.content]
-            raise InvalidModel(
-                f"{path}: added token {token.content!r} claims the id {token.id}, "
-                + (f"which {known!r} has" if known != token.content else f"but has {at} already")
-            )
+        claim = f"{path}: added_tokens: {token.content!r} claims the id {token.id}"
+        if (known := ids.setdefault(token.content, token.id)) != token.id:
+            raise InvalidModel(f"{claim}, but has {known} already")
+        if (owner := by_id.setdefault(token.id, token.content)) != token.content:
+            raise InvalidModel(f"{claim}, which {owner!r} has")
     return tuple(tokens)
 
 
@@ -128,7 +128,7 @@ def _added_token(path: Path, where: str, entry: Any) -> AddedToken:
     if not isinstance(entry, dict) or not is_text(entry.get("content")) or not entry["content"]:
         raise InvalidModel(f"{path}: {where} has no 'content'")
     if not is_id(entry.get("id")):
-        raise InvalidModel(f"{path}: {where} ({entry['content']!r}) has the id {entry.get('id')!r}, expected 0 … {_MAX_ID - 1}")
+        raise InvalidModel(f"{path}: {where} ({entry['content']!r}) has the id {entry.get('id')!r}, {_EXPECTED}")
     trims = any(entry.get(flag) for flag in ("lstrip", "rstrip", "single_word"))
     return AddedToken(
         entry["id"], entry["content"], bool(entry.get("special")), bool(entry.get("normalized", True)), trims

@@ -37,7 +37,7 @@ class Token:
 
 
 def looks_special(text: str) -> bool:
-    """Added tokens that many files forget to mark as special (llama.cpp conversion/base.py: does_token_look_special)."""
+    """Added tokens that files forget to mark as special (llama.cpp conversion/base.py: does_token_look_special)."""
     return (
         text in ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
         or (text.startswith("<|") and text.endswith("|>"))
@@ -54,7 +54,10 @@ def added(text: str, special: bool, score: float = 0.0) -> Token:
 
 
 def is_blanks(text: str) -> bool:
-    """Runs of "▁" stay ordinary pieces: matched whole as spaces, they would not be found where a text holds "▁" itself."""
+    """Whether `text` is nothing but "▁".
+
+    Such pieces stay ordinary: matched whole, as spaces, they would not be found where a text holds "▁" itself.
+    """
     return text.strip(BLANK) == ""
 
 
