@@ -23,19 +23,20 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 
+OURS = """import sys
+from llmkit.cli.main import main
+sys.exit(main(["-q", {verb}, "--out", {{out!r}}, "--threads", "{{threads}}", "--force", "--json"]))
+"""
 JOBS = {
-    "ours Q4_K_M": "from llmkit.cli.main import main; import sys\n"
-    "sys.exit(main(['-q', 'quantize', {source!r}, 'Q4_K_M', '--out', {out!r}, '--threads', '{threads}', '--force', '--json']))",
-    "ours BF16": "from llmkit.cli.main import main; import sys\n"
-    "sys.exit(main(['-q', 'convert', {source!r}, '--out', {out!r}, '--threads', '{threads}', '--force', '--json']))",
+    "ours Q4_K_M": OURS.format(verb="'quantize', {source!r}, 'Q4_K_M'"),
+    "ours BF16": OURS.format(verb="'convert', {source!r}"),
     "engine Q4_K_M": "import ctypes, sys\n"
     "from llmkit import engine\n"
     "llama = engine.load().llama\n"
     "params = llama.llama_model_quantize_default_params()\n"
     "params.ftype, params.nthread = 15, {threads}\n"
     "sys.exit(llama.llama_model_quantize({bf16!r}.encode(), {reference!r}.encode(), ctypes.byref(params)))",
-    "ours Q8_0": "from llmkit.cli.main import main; import sys\n"
-    "sys.exit(main(['-q', 'quantize', {source!r}, 'Q8_0', '--out', {out!r}, '--threads', '{threads}', '--force', '--json']))",
+    "ours Q8_0": OURS.format(verb="'quantize', {source!r}, 'Q8_0'"),
     "plain copy": "import os, pathlib\n"
     "with open({out!r} + '/copy', 'wb', buffering=0) as out:\n"
     "    for path in sorted(pathlib.Path({source!r}).glob('*.safetensors')):\n"
@@ -96,7 +97,10 @@ def run_jobs(source: Path, folder: Path, *, threads: int, rounds: int) -> dict[s
     for _ in range(rounds):
         for name, template in JOBS.items():
             found = measure(template.format(**names))
-            print(f"  {name:<14} {found.wall:7.1f} s wall {found.cpu:7.1f} s CPU {found.peak_mib:7.0f} MiB", file=sys.stderr)
+            print(
+                f"  {name:<14} {found.wall:7.1f} s wall {found.cpu:7.1f} s CPU {found.peak_mib:7.0f} MiB",
+                file=sys.stderr,
+            )
             if name not in best or found.wall < best[name].wall:
                 best[name] = found
             os.sync()
@@ -105,9 +109,7 @@ def run_jobs(source: Path, folder: Path, *, threads: int, rounds: int) -> dict[s
 
 def summarize(best: dict[str, Measured], source: Path, folder: Path) -> dict[str, object]:
     """Ratios and rates from the measured jobs."""
-    size = {name: (folder / file).stat().st_size for name, file in (
-        ("Q4_K_M", f"{source.name}-Q4_K_M.gguf"), ("BF16", f"{source.name}-BF16.gguf"), ("Q8_0", f"{source.name}-Q8_0.gguf"),
-    )}  # fmt: skip
+    size = {name: (folder / f"{source.name}-{name}.gguf").stat().st_size for name in ("Q4_K_M", "BF16", "Q8_0")}
     weights = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     ours, convert, engine = best["ours Q4_K_M"], best["ours BF16"], best["engine Q4_K_M"]
     copy_rate = 2 * weights / best["plain copy"].wall

@@ -131,7 +131,9 @@ def main() -> None:
     try:
         wheel = build(python)
         if options.python:
-            subprocess.run([python, "-m", "pip", "install", "--quiet", "--force-reinstall", "--no-deps", str(wheel)], check=True)
+            subprocess.run(
+                [python, "-m", "pip", "install", "--quiet", "--force-reinstall", "--no-deps", str(wheel)], check=True
+            )
         else:
             print(wheel)
     except subprocess.CalledProcessError as error:

@@ -176,8 +176,10 @@ def _quantize_in_child(task: dict[str, Any]) -> None:
         params.imatrix = rows
         params.kv_overrides = _kv_overrides(llama_cpp, task["imatrix"], len(entries))
     for ftype, out in task["outs"]:
-        params.ftype = ftype
-        params.only_copy = ftype == 1024
+        params.only_copy = (
+            ftype == 1024
+        )  # COPY is no type of its own: tools/quantize asks for F32 and nothing but copies
+        params.ftype = 0 if params.only_copy else ftype
         code = llama_cpp.llama_model_quantize(task["source"].encode(), out.encode(), ctypes.byref(params))
         if code:
             raise SystemExit(f"llama_model_quantize returned {code} for file type {ftype}")

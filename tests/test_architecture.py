@@ -24,7 +24,7 @@ PACKAGE = SOURCE / "llmkit"
 # the bands, lowest first: a module imports only from its own band and from those below it …
 BANDS = (
     ("words", {"llmkit", "errors", "settings", "progress", "quants", "model"}),
-    ("files", {"store", "hub", "checkpoint", "gguf", "gguf_writer", "prompts"}),
+    ("files", {"store", "hub", "checkpoint", "gguf", "gguf_values", "gguf_writer", "prompts"}),
     ("engine", {"engine"}),
     ("steps", {"convert", "quantize", "memory"}),
     ("talk", {"backends", "chat", "inspection", "evaluate"}),

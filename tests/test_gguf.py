@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import oracle
-from llmkit import gguf, gguf_writer
+from llmkit import gguf, gguf_values, gguf_writer
 from llmkit.errors import InvalidModel, LlmkitError, ModelNotFound
 from llmkit.gguf import Array, Value, ValueType
 from llmkit.quants import TENSOR_TYPES
@@ -300,7 +300,7 @@ HOSTILE = {
     "big endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0) + bytes(64), "big-endian"),
     "2**64-1 keys": (file_bytes([ARCHITECTURE], [], counts=(0, 2**64 - 1)), "keys"),
     "2**64-1 tensors": (file_bytes([ARCHITECTURE], [PAIR], counts=(2**64 - 1, 1)), "tensors"),
-    "more keys than there are": (file_bytes([ARCHITECTURE], [], counts=(0, 3)), "keys at byte"),
+    "more keys than there are": (file_bytes([ARCHITECTURE], [], counts=(0, 3)), "3 keys, but"),
     "key longer than the file": (file_bytes([struct.pack("<Q", 10**9) + b"x" * 40], []), "key"),
     "key not UTF-8": (file_bytes([key(b"\xff\xfe", 4, bytes(4))], []), "not UTF-8"),
     "key twice": (file_bytes([key("a", 4, bytes(4))] * 2, []), "'a' occurs twice"),
@@ -358,7 +358,7 @@ def test_values_that_are_not_utf8_keep_their_bytes(tmp_path: Path) -> None:
     keys = [key("tokens", 9, array(8, 2, text(b"\xff\xfe") + text("ok"))), key("name", 8, text(b"\xe4"))]
     path.write_bytes(file_bytes(keys, []))
     found = gguf.read(path)
-    assert [gguf.encode_string(item) for item in found.get("tokens")] == [text(b"\xff\xfe"), text("ok")]
+    assert [gguf_values.encode_string(item) for item in found.get("tokens")] == [text(b"\xff\xfe"), text("ok")]
     again = tmp_path / "again.gguf"
     gguf_writer.write(again, found.metadata, [])
     assert again.read_bytes() == path.read_bytes()

@@ -12,6 +12,7 @@ import json
 import os
 import random
 import shutil
+import struct
 import subprocess
 import sys
 import tarfile
@@ -116,6 +117,35 @@ def smollm2(folder: Path) -> Path:
     return folder
 
 
+def sentencepiece_model(
+    pieces: Sequence[tuple[str, float, int]], *, dummy_prefix: bool = True, model_type: int = 2, charsmap: bytes = b""
+) -> bytes:
+    """A tokenizer.model of (text, score, type) pieces, as sentencepiece_model.proto describes it; type 2 is BPE."""
+
+    def number(field: int, value: int) -> bytes:
+        return _varint(field << 3) + _varint(value)
+
+    def block(field: int, content: bytes) -> bytes:
+        return _varint(field << 3 | 2) + _varint(len(content)) + content
+
+    out = [
+        block(1, block(1, text.encode()) + b"\x15" + struct.pack("<f", score) + number(3, kind))
+        for text, score, kind in pieces
+    ]
+    unknown = next((index for index, piece in enumerate(pieces) if piece[2] == 2), 0)
+    trainer = number(3, model_type) + number(35, 1) + number(40, unknown)
+    normalizer = block(1, b"identity") + block(2, charsmap) + number(3, dummy_prefix) + number(4, 0) + number(5, 1)
+    return b"".join([*out, block(2, trainer), block(3, normalizer)])
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*out, value])
+
+
 @cache
 def _engine() -> Any:
     import llama_cpp
@@ -153,6 +183,13 @@ class EngineVocabulary:
         room = ctypes.create_string_buffer(512)
         count = _engine().llama_token_to_piece(self.vocab, token, room, len(room), 0, True)
         return room.raw[:count]
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """What the engine puts together from `tokens`, special ones left out."""
+        ids = (_engine().llama_token * len(tokens))(*tokens)
+        room = ctypes.create_string_buffer(512)
+        count = _engine().llama_detokenize(self.vocab, ids, len(ids), room, len(room), True, False)
+        return room.raw[:count].decode()
 
     def close(self) -> None:
         """Free the engine's memory."""

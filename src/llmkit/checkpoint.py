@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from .errors import AccessDenied, InvalidModel, LlmkitError, ModelNotFound
 
@@ -54,12 +54,21 @@ def read(folder: str | Path) -> Checkpoint:
     Raises ModelNotFound (no folder, no config, no safetensors, a shard missing), InvalidModel (anything inconsistent).
     """
     folder = Path(folder)
+    try:
+        return _read(folder)
+    except OSError as error:  # a name that no file can have, a disk that fails
+        raise LlmkitError(f"{str(folder)[:200]}: cannot be read: {error.strerror}") from error
+
+
+def _read(folder: Path) -> Checkpoint:
     if not folder.exists():
         raise ModelNotFound(f"{folder}: no such folder", "Give a checkpoint folder or a .gguf file.")
     if not folder.is_dir():
         raise ModelNotFound(f"{folder}: is a file, expected a checkpoint folder")
     if not (folder / "config.json").is_file():
-        raise ModelNotFound(f"{folder}: has no config.json, so it is not a Hugging Face checkpoint", _look_inside(folder))
+        raise ModelNotFound(
+            f"{folder}: has no config.json, so it is not a Hugging Face checkpoint", _look_inside(folder)
+        )
     config = read_json(folder / "config.json")
     paths, index = _shards(folder)
     tensors: dict[str, StoredTensor] = {}
@@ -130,6 +139,8 @@ def _shards(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise InvalidModel(f"{index_path}: expected 'weight_map' to map tensor names to files")
         names = sorted(set(weight_map.values()))
+        if not names:
+            raise InvalidModel(f"{index_path}: 'weight_map' is empty, so the index names no tensors")
         if bad := next((name for name in names if Path(name).name != name), None):
             raise InvalidModel(f"{index_path}: names a file outside the folder: {bad!r}")
         if missing := [name for name in names if not (folder / name).is_file()]:
@@ -218,8 +229,10 @@ def _tensor(path: Path, name: str, row: Any, start: int) -> StoredTensor:
     return StoredTensor(name, dtype, tuple(shape), path, start + offsets[0], nbytes)
 
 
-def _is_naturals(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and 0 <= item < 1 << 62 for item in value)
+def _is_naturals(value: Any) -> TypeGuard[list[int]]:
+    if not isinstance(value, list) or len(value) > 16:
+        return False
+    return all(type(item) is int and 0 <= item < 1 << 62 for item in value)
 
 
 def _check_extents(path: Path, tensors: list[StoredTensor], start: int, size: int) -> None:

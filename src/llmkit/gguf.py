@@ -9,148 +9,21 @@ from __future__ import annotations
 
 import mmap
 import re
-import struct
-from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from enum import IntEnum
-from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 from .errors import AccessDenied, InvalidModel, LlmkitError, ModelNotFound
+from .gguf_values import Array, Cursor, Value, ValueType
 from .quants import TENSOR_TYPES_BY_ID, TensorType
+
+__all__ = ["MAGIC", "SPLIT_NAME", "Array", "GgufFile", "TensorInfo", "Value", "ValueType", "read"]
 
 MAGIC = b"GGUF"
 SPLIT_NAME = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
-_MAX_DEPTH = 4  # of arrays in arrays; the engine itself reads none
 _MAX_DIMS = 4  # GGML_MAX_DIMS
-
-
-class ValueType(IntEnum):
-    """Types of metadata values (ggml/include/gguf.h: gguf_type)."""
-
-    UINT8 = 0
-    INT8 = 1
-    UINT16 = 2
-    INT16 = 3
-    UINT32 = 4
-    INT32 = 5
-    FLOAT32 = 6
-    BOOL = 7
-    STRING = 8
-    ARRAY = 9
-    UINT64 = 10
-    INT64 = 11
-    FLOAT64 = 12
-
-
-_FORMATS = {
-    ValueType.UINT8: "B", ValueType.INT8: "b", ValueType.UINT16: "H", ValueType.INT16: "h", ValueType.UINT32: "I",
-    ValueType.INT32: "i", ValueType.FLOAT32: "f", ValueType.BOOL: "?", ValueType.UINT64: "Q", ValueType.INT64: "q",
-    ValueType.FLOAT64: "d",
-}  # fmt: skip
-_SIZES = {kind: struct.calcsize("<" + letter) for kind, letter in _FORMATS.items()}
-_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
-
-
-def encode_string(text: str) -> bytes:
-    """A GGUF string: u64 length, UTF-8 bytes."""
-    raw = text.encode("utf-8", "surrogateescape")
-    return _U64.pack(len(raw)) + raw
-
-
-def encode_scalar(kind: ValueType, data: Any) -> bytes:
-    """One value of a fixed-size type or a string, little endian."""
-    if kind is ValueType.STRING:
-        return encode_string(data)
-    return struct.pack("<" + _FORMATS[kind], data)
-
-
-class Array(Sequence[Any]):
-    """An array value; its items are decoded when first asked for. `payload` holds them as they stand in the file."""
-
-    def __init__(self, element: ValueType, count: int, payload: bytes) -> None:
-        self.element = element
-        self.count = count
-        self.payload = payload
-
-    @cached_property
-    def items(self) -> tuple[Any, ...]:
-        """All items as Python values; strings that are not UTF-8 keep their bytes as surrogate escapes."""
-        if self.element is ValueType.STRING:
-            return tuple(self._strings())
-        if self.element is ValueType.ARRAY:
-            cursor = _Cursor(self.payload, "array")
-            return tuple(cursor.array(1) for _ in range(self.count))
-        return struct.unpack(f"<{self.count}{_FORMATS[self.element]}", self.payload)
-
-    def _strings(self) -> Iterator[str]:
-        payload, position, unpack = self.payload, 0, _U64.unpack_from
-        for _ in range(self.count):
-            start = position + 8
-            position = start + unpack(payload, position)[0]
-            yield payload[start:position].decode("utf-8", "surrogateescape")
-
-    def __len__(self) -> int:
-        return self.count
-
-    @overload
-    def __getitem__(self, index: int) -> Any: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Any]: ...
-    def __getitem__(self, index: int | slice) -> Any:
-        return self.items[index]
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Array):
-            return NotImplemented
-        return (self.element, self.count, self.payload) == (other.element, other.count, other.payload)
-
-    def __hash__(self) -> int:
-        return hash((self.element, self.count, self.payload))
-
-    def __repr__(self) -> str:
-        return f"Array({self.element.name}, {self.count} items)"
-
-
-@dataclass(frozen=True)
-class Value:
-    """A metadata value with its type in the file."""
-
-    type: ValueType
-    data: Any
-
-    @classmethod
-    def string(cls, text: str) -> Value:
-        """A UTF-8 string."""
-        return cls(ValueType.STRING, text)
-
-    @classmethod
-    def uint32(cls, number: int) -> Value:
-        """An unsigned 32-bit integer, the type of most counts."""
-        return cls(ValueType.UINT32, number)
-
-    @classmethod
-    def int32(cls, number: int) -> Value:
-        """A signed 32-bit integer."""
-        return cls(ValueType.INT32, number)
-
-    @classmethod
-    def float32(cls, number: float) -> Value:
-        """A single-precision float; rounded now, so that it compares equal after a trip through a file."""
-        return cls(ValueType.FLOAT32, struct.unpack("<f", struct.pack("<f", number))[0])
-
-    @classmethod
-    def boolean(cls, truth: bool) -> Value:
-        """A truth value."""
-        return cls(ValueType.BOOL, truth)
-
-    @classmethod
-    def array(cls, element: ValueType, items: Iterable[Any]) -> Value:
-        """An array of strings or numbers of one type."""
-        encoded = [encode_scalar(element, item) for item in items]
-        return cls(ValueType.ARRAY, Array(element, len(encoded), b"".join(encoded)))
+_NAMES = "Give the parts the names they were published under."
 
 
 @dataclass(frozen=True)
@@ -196,7 +69,7 @@ def read(path: str | Path) -> GgufFile:
     if not match or int(match["count"]) != count:
         raise InvalidModel(
             f"{path}: says it is one of {count} parts, but is not named <name>-00001-of-{count:05d}.gguf",
-            "Give the parts the names they were published under.",
+            _NAMES,
         )
     if first.get("split.no") != 0:
         raise InvalidModel(
@@ -207,7 +80,10 @@ def read(path: str | Path) -> GgufFile:
         sibling = path.with_name(f"{match['stem']}-{number:05d}-of-{match['count']}.gguf")
         if not sibling.is_file():
             raise ModelNotFound(f"{path}: part {sibling.name} is missing", "Fetch all the parts into one folder.")
-        parts.append(_read_part(sibling))
+        part = _read_part(sibling)
+        if part.get("split.no") != number - 1:
+            raise InvalidModel(f"{sibling}: split.no is {part.get('split.no')}, expected {number - 1}", _NAMES)
+        parts.append(part)
     return _join(parts)
 
 
@@ -247,7 +123,9 @@ def _check_magic(path: Path, start: bytes) -> None:
         return
     again = "Download the file again."
     if start.startswith(b"version https://git-lfs"):
-        raise InvalidModel(f"{path}: is a Git LFS pointer, not the GGUF file itself", "Run `git lfs pull`, or download it.")
+        raise InvalidModel(
+            f"{path}: is a Git LFS pointer, not the GGUF file itself", "Run `git lfs pull`, or download it."
+        )
     if start.lstrip()[:1] == b"<":
         raise InvalidModel(f"{path}: is an HTML or XML page, not a GGUF file", again)
     if not start:
@@ -256,10 +134,13 @@ def _check_magic(path: Path, start: bytes) -> None:
 
 
 def _parse(path: Path, view: mmap.mmap) -> GgufFile:
-    cursor = _Cursor(view, str(path), 4)
+    cursor = Cursor(view, str(path), 4)
     version = cursor.u32("version")
     if version & 0xFFFF == 0:
-        raise InvalidModel(f"{path}: is a big-endian GGUF file", "llmkit reads little-endian ones: convert it with gguf-convert-endian.")
+        raise InvalidModel(
+            f"{path}: is a big-endian GGUF file",
+            "llmkit reads little-endian ones: convert it with gguf-convert-endian.",
+        )
     if version not in (2, 3):
         raise InvalidModel(f"{path}: GGUF version {version}, expected 2 or 3")
     n_tensors, n_keys = cursor.u64("tensor count"), cursor.u64("key count")
@@ -267,6 +148,8 @@ def _parse(path: Path, view: mmap.mmap) -> GgufFile:
     metadata: dict[str, Value] = {}
     for _ in range(n_keys):
         key = cursor.name("key")
+        if not key:
+            raise InvalidModel(f"{path}: announces {n_keys} keys, but before byte {cursor.position} one has no name")
         if key in metadata:
             raise InvalidModel(f"{path}: key '{key}' occurs twice")
         metadata[key] = cursor.value(key)
@@ -289,7 +172,7 @@ def _alignment(path: Path, metadata: dict[str, Value]) -> int:
 _Row = tuple[str, tuple[int, ...], TensorType, int]
 
 
-def _tensor_row(cursor: _Cursor) -> _Row:
+def _tensor_row(cursor: Cursor) -> _Row:
     name = cursor.name("tensor name")
     n_dims = cursor.u32(f"dimensions of {name}")
     if n_dims > _MAX_DIMS:
@@ -303,8 +186,9 @@ def _tensor_row(cursor: _Cursor) -> _Row:
         raise InvalidModel(
             f"{cursor.what}: tensor '{name}' has the unknown type {type_id}", "A newer llmkit may know it."
         )
-    if (shape[-1] if shape else 1) % kind.block:
-        raise InvalidModel(f"{cursor.what}: tensor '{name}': rows of {shape[-1]} do not divide into {kind.name} blocks")
+    width = shape[-1] if shape else 1
+    if width % kind.block:
+        raise InvalidModel(f"{cursor.what}: tensor '{name}': rows of {width} do not divide into {kind.name} blocks")
     return name, shape, kind, offset
 
 
@@ -318,7 +202,8 @@ def _place(path: Path, rows: list[_Row], start: int, alignment: int, size: int) 
             raise InvalidModel(f"{path}: tensor '{name}' begins at {offset}, expected a multiple of {alignment}")
         if start + offset + nbytes > size:
             raise InvalidModel(
-                f"{path}: tensor '{name}' ends at byte {start + offset + nbytes}, but the file has {size}: it is cut short",
+                f"{path}: tensor '{name}' ends at byte {start + offset + nbytes}, but the file has {size}:"
+                " it is cut short",
                 "Download or make the file again.",
             )
         tensors[name] = TensorInfo(name, shape, kind, path, start + offset, nbytes)
@@ -328,85 +213,3 @@ def _place(path: Path, rows: list[_Row], start: int, alignment: int, size: int) 
             raise InvalidModel(f"{path}: tensors '{before}' and '{info.name}' overlap")
         end, before = max(end, info.offset + info.nbytes), info.name
     return tensors
-
-
-class _Cursor:
-    """Reads forward through `buffer`, never past its end; `what` names the file in errors."""
-
-    def __init__(self, buffer: mmap.mmap | bytes, what: str, position: int = 0) -> None:
-        self.buffer, self.what, self.position, self.end = buffer, what, position, len(buffer)
-
-    def require(self, count: int, each: int, what: str) -> None:
-        """Raise unless `count` things of at least `each` bytes can still follow."""
-        if count * each > self.end - self.position:
-            raise InvalidModel(f"{self.what}: announces {count} {what} at byte {self.position}, but ends at byte {self.end}")
-
-    def take(self, nbytes: int, what: str) -> bytes:
-        """The next `nbytes`."""
-        self.require(nbytes, 1, f"bytes of {what}")
-        self.position += nbytes
-        return self.buffer[self.position - nbytes : self.position]
-
-    def u32(self, what: str) -> int:
-        """An unsigned 32-bit number."""
-        return int(_U32.unpack(self.take(4, what))[0])
-
-    def u64(self, what: str) -> int:
-        """An unsigned 64-bit number."""
-        return int(_U64.unpack(self.take(8, what))[0])
-
-    def name(self, what: str) -> str:
-        """A string that must be UTF-8."""
-        raw = self.take(self.u64(what), what)
-        try:
-            return raw.decode("utf-8")
-        except UnicodeDecodeError:
-            raise InvalidModel(f"{self.what}: {what} at byte {self.position} is not UTF-8: {raw[:40]!r}") from None
-
-    def kind(self, key: str) -> ValueType:
-        """A value type."""
-        number = self.u32(f"type of {key}")
-        try:
-            return ValueType(number)
-        except ValueError:
-            raise InvalidModel(f"{self.what}: key '{key}' has the unknown value type {number}") from None
-
-    def value(self, key: str) -> Value:
-        """A typed value."""
-        kind = self.kind(key)
-        if kind is ValueType.ARRAY:
-            return Value(kind, self.array(1, key))
-        if kind is ValueType.STRING:
-            return Value(kind, self.take(self.u64(key), key).decode("utf-8", "surrogateescape"))
-        raw = self.take(_SIZES[kind], key)
-        if kind is ValueType.BOOL:
-            return Value(kind, raw != b"\0")
-        return Value(kind, struct.unpack("<" + _FORMATS[kind], raw)[0])
-
-    def array(self, depth: int, key: str = "array") -> Array:
-        """An array: its extent is walked and checked, its items stay encoded."""
-        if depth > _MAX_DEPTH:
-            raise InvalidModel(f"{self.what}: key '{key}' nests arrays deeper than {_MAX_DEPTH}")
-        element, count = self.kind(key), self.u64(key)
-        self.require(count, _SIZES.get(element, 8), f"items of {key}")
-        start = self.position
-        if element is ValueType.STRING:
-            self._skip_strings(count, key)
-        elif element is ValueType.ARRAY:
-            for _ in range(count):
-                self.array(depth + 1, key)
-        else:
-            self.position += count * _SIZES[element]
-        return Array(element, count, self.buffer[start : self.position])
-
-    def _skip_strings(self, count: int, key: str) -> None:
-        buffer, position, last, unpack = self.buffer, self.position, self.end - 8, _U64.unpack_from
-        for _ in range(count):
-            if position > last:
-                break
-            position += 8 + unpack(buffer, position)[0]
-        else:
-            if position <= self.end:
-                self.position = position
-                return
-        raise InvalidModel(f"{self.what}: the strings of '{key}' run past the end of the file")

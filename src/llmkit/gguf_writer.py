@@ -6,13 +6,13 @@ does not exist yet. Layout as llama.cpp's gguf.cpp writes it: every tensor and t
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 
-from .gguf import MAGIC, Array, Value, encode_scalar, encode_string
+from .gguf import MAGIC
+from .gguf_values import Array, Value, encode_scalar, encode_string
 from .quants import TensorType
 
 ALIGNMENT = 32
@@ -32,7 +32,7 @@ def tensor_nbytes(shape: tuple[int, ...], kind: TensorType) -> int:
 
 def _encode_value(value: Value) -> bytes:
     if isinstance(value.data, Array):
-        return struct.pack("<IIQ", value.type, value.data.element, value.data.count) + value.data.payload
+        return struct.pack("<IIQ", value.type, value.data.element, len(value.data)) + value.data.payload
     return struct.pack("<I", value.type) + encode_scalar(value.type, value.data)
 
 
@@ -73,5 +73,3 @@ def write(
             if len(data) != tensor_nbytes(shape, kind):
                 raise ValueError(f"{name}: {len(data)} bytes, expected {tensor_nbytes(shape, kind)}")
             file.write(data + bytes(padded(len(data)) - len(data)))
-
-

@@ -5,22 +5,22 @@ Owner of huggingface_hub. Knows nothing of what is in the files.
 
 from __future__ import annotations
 
-import os
 import socket
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from . import settings
 from .errors import LlmkitError, MissingDependency
 
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "README.md", "LICENSE*"]
-_ADDRESS = "https://huggingface.co"
 
 
 def reachable(seconds: float = 3.0) -> bool:
     """Whether the Hub (HF_ENDPOINT, else the public one) accepts connections within `seconds`."""
-    if os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0"):
+    endpoint = settings.hub_address()
+    if endpoint is None:
         return False
-    address = urlsplit(os.environ.get("HF_ENDPOINT") or _ADDRESS)
+    address = urlsplit(endpoint)
     port = address.port or (80 if address.scheme == "http" else 443)
     try:
         with socket.create_connection((address.hostname or "", port), seconds):
@@ -35,7 +35,9 @@ def fetch_checkpoint(repo: str, folder: Path) -> Path:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     except ImportError as error:
-        raise MissingDependency(f"huggingface_hub cannot be imported: {error}", "pip install huggingface_hub") from error
+        raise MissingDependency(
+            f"huggingface_hub cannot be imported: {error}", "pip install huggingface_hub"
+        ) from error
     try:
         snapshot_download(repo, local_dir=folder, allow_patterns=_WANTED)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

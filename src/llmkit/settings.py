@@ -1,6 +1,6 @@
 """Every environment variable llmkit reads, one function each, read when called.
 
-HF_HOME, HF_TOKEN and HF_ENDPOINT belong to huggingface_hub and are left to it.
+HF_HOME and HF_TOKEN belong to huggingface_hub and are left to it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,13 @@ def home() -> Path:
     if chosen := os.environ.get("LLMKIT_HOME"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmkit"
+
+
+def hub_address() -> str | None:
+    """The Hub's address (HF_ENDPOINT, as huggingface_hub reads it), or None when it is not to be used."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return None
+    return os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
 
 
 def debug() -> bool:

@@ -1,6 +1,6 @@
 """Files on disk: a final name is always a whole file, and room is looked for before the first byte.
 
-    with whole(path) as partial: write to partial      → renamed to path at the end, deleted when something fails
+with whole(path) as partial: write to partial      → renamed to path at the end, deleted when something fails
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ def make_folder(folder: Path) -> None:
     except (FileExistsError, NotADirectoryError):
         raise LlmkitError(f"{folder}: is a file, expected a folder", "Choose another folder with --out.") from None
     except OSError as error:
-        raise AccessDenied(f"{folder}: cannot be written: {error.strerror}", "Choose another folder with --out.") from error
+        raise AccessDenied(
+            f"{folder}: cannot be written: {error.strerror}", "Choose another folder with --out."
+        ) from error
 
 
 def free_nbytes(folder: Path) -> int:

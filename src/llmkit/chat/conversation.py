@@ -12,7 +12,7 @@ Closing the iterator keeps the partial answer. One thread at a time.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -150,7 +150,7 @@ class Chat:
         written = bool(self._bos) and prompt.text.startswith(self._bos)
         return self.backend.encode(prompt.text, special=True, bos=not written), prompt.merged_system
 
-    def say(self, text: str) -> Iterator[Step]:
+    def say(self, text: str) -> Generator[Step, None, None]:
         """Ask, and iterate over the answer. The question is kept when an answer has begun, with what came of it.
 
         Raises LlmkitError when the conversation does not fit (nothing is changed then), EngineError from the engine.

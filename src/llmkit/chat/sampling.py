@@ -128,7 +128,8 @@ def min_p(candidates: Candidates, p: float) -> Candidates:
 def temper(candidates: Candidates, temperature: float) -> Candidates:
     """Logits divided by `temperature`; at 0 only the most likely token is left."""
     if temperature > 0:
-        return Candidates(candidates.ids, candidates.logits / temperature)
+        cooled = (candidates.logits - candidates.logits.max()) / max(temperature, 1e-6)  # no overflow near 0
+        return Candidates(candidates.ids, cooled)
     best = int(candidates.logits.argmax())
     return Candidates(candidates.ids[best : best + 1], candidates.logits[best : best + 1])
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import LlmkitError, ModelNotFound, Unsupported, nearest_hint
 from . import output
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a GGUF file")
     parser.add_argument("--system", metavar="NAME|TEXT", help="a prompt of prompts/system by name, or a text")
     for name, (kind, what) in SAMPLING.items():
-        parser.add_argument(f"--{name}", type=kind, metavar=name[-1].upper() if kind is float else "N", help=what)
+        parser.add_argument(f"--{name}", type=kind, metavar="X" if kind is float else "N", help=what)
     parser.add_argument(
         "--context", type=_positive, metavar="N", help="tokens the conversation may hold (default 4096)"
     )
@@ -129,7 +129,7 @@ def answer(chat: Chat, question: str, show_probabilities: bool = False) -> list[
             steps.append(step)
             show_step(step, coloured=show_probabilities)
     finally:
-        said.close()  # type: ignore[attr-defined]  # keeps the partial answer in the chat
+        said.close()  # keeps the partial answer in the chat
         output.emit()
         if steps:
             if show_probabilities:
@@ -301,7 +301,8 @@ def changed(sampling: Sampling, name: str, value: str) -> Sampling:
         number = None if value in ("off", "-") and name in ("seed", "max-tokens") else kind(value)
     except ValueError:
         raise Unsupported(f"{name} {value!r}: expected a number", f"For example: /set {name} 1") from None
-    return replace(sampling, **{name.replace("-", "_"): number})
+    change: dict[str, Any] = {name.replace("-", "_"): number}
+    return replace(sampling, **change)
 
 
 @dataclass(frozen=True)

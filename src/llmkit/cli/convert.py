@@ -21,11 +21,19 @@ KEPT = "What is done is kept in the .partial file: run the same command again to
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """MODEL, --type, --out and the rest."""
-    parser.add_argument("model", type=Path, metavar="MODEL", help="checkpoint folder (config.json, *.safetensors, tokenizer)")
-    parser.add_argument("--type", default="auto", metavar="TYPE", help="auto (as the checkpoint has it), bf16, f16, f32, q8_0")
-    parser.add_argument("--out", type=Path, default=Path("."), metavar="PATH", help="folder or .gguf file to write (default: here)")
+    parser.add_argument(
+        "model", type=Path, metavar="MODEL", help="checkpoint folder (config.json, *.safetensors, tokenizer)"
+    )
+    parser.add_argument(
+        "--type", default="auto", metavar="TYPE", help="auto (as the checkpoint has it), bf16, f16, f32, q8_0"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("."), metavar="PATH", help="folder or .gguf file to write (default: here)"
+    )
     parser.add_argument("--pre", metavar="NAME", help="name of the pre-tokenizer, where detection fails")
-    parser.add_argument("--split-size", type=size_argument, metavar="SIZE", help="largest size of a file, e.g. 4G: splits the output")
+    parser.add_argument(
+        "--split-size", type=size_argument, metavar="SIZE", help="largest size of a file, e.g. 4G: splits the output"
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="worker threads (default: all CPUs)")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
     parser.add_argument("--dry-run", action="store_true", help="show what would be written, write nothing")

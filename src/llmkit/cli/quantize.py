@@ -1,7 +1,7 @@
 """Write a checkpoint folder or a GGUF in one or several quants, in one pass.
 
-The weights are read once for all quants; nothing is written in between. Which tensor gets which type is the engine's own
-choice; --tensor-type, --output-type and --embedding-type make exceptions.
+The weights are read once for all quants; nothing is written in between. Which tensor gets which type is the
+engine's own choice; --tensor-type, --output-type and --embedding-type make exceptions.
 """
 
 from __future__ import annotations
@@ -41,15 +41,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """MODEL, the quants and the rest."""
     parser.add_argument("model", type=Path, metavar="MODEL", help="checkpoint folder or .gguf file")
     parser.add_argument("quants", nargs="+", metavar="QUANT", help="Q2_K … Q8_0, IQ1_S … IQ4_XS, F16, BF16, COPY …")
-    parser.add_argument("--out", type=Path, default=Path("."), metavar="DIR", help="folder for the files, or one .gguf (default: here)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("."), metavar="DIR", help="folder for the files, or one .gguf (default: here)"
+    )
     parser.add_argument("--imatrix", type=Path, metavar="FILE", help="importance matrix, .gguf or .dat")
-    parser.add_argument("--tensor-type", action="append", default=[], metavar="REGEX=TYPE", help="type for tensors that match; repeatable, first match wins")
-    parser.add_argument("--output-type", metavar="TYPE", help="type of the output matrix (with tied embeddings: of the embedding)")
+    parser.add_argument(
+        "--tensor-type",
+        action="append",
+        default=[],
+        metavar="REGEX=TYPE",
+        help="type for tensors that match; repeatable, first match wins",
+    )
+    parser.add_argument(
+        "--output-type", metavar="TYPE", help="type of the output matrix (with tied embeddings: of the embedding)"
+    )
     parser.add_argument("--embedding-type", metavar="TYPE", help="type of the token embedding")
     parser.add_argument("--pure", action="store_true", help="no mix: the quant's main type everywhere")
-    parser.add_argument("--requantize", action="store_true", help="accept a source that is quantized already (loses twice)")
+    parser.add_argument(
+        "--requantize", action="store_true", help="accept a source that is quantized already (loses twice)"
+    )
     parser.add_argument("--pre", metavar="NAME", help="name of the pre-tokenizer, where detection fails")
-    parser.add_argument("--split-size", type=size_argument, metavar="SIZE", help="largest size of a file, e.g. 4G: splits the output")
+    parser.add_argument(
+        "--split-size", type=size_argument, metavar="SIZE", help="largest size of a file, e.g. 4G: splits the output"
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="worker threads (default: all CPUs)")
     parser.add_argument("--force", action="store_true", help="replace existing files")
     parser.add_argument("--dry-run", action="store_true", help="show types, sizes and room on disk; write nothing")
@@ -118,10 +132,17 @@ def show_plan(planned: Plan, *, as_json: bool) -> None:
     free = store.free_nbytes(planned.outputs[0].path.parent)
     if as_json:
         described = [quantize.describe(each) for each in planned.outputs]
-        output.emit_json({"source": planned.draft.name, "outputs": described, "free_nbytes": free, "needed_nbytes": planned.nbytes})
+        output.emit_json(
+            {"source": planned.draft.name, "outputs": described, "free_nbytes": free, "needed_nbytes": planned.nbytes}
+        )
         return
     rows = [
-        (tensor.name, " x ".join(map(str, tensor.shape)), tensor.type.name, *(each.types[tensor.name].name for each in planned.outputs))
+        (
+            tensor.name,
+            " x ".join(map(str, tensor.shape)),
+            tensor.type.name,
+            *(each.types[tensor.name].name for each in planned.outputs),
+        )
         for tensor in planned.draft.tensors
     ]
     output.table(("tensor", "shape", "source", *(each.label for each in planned.outputs)), rows)

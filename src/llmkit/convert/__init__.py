@@ -1,6 +1,6 @@
-"""Checkpoint → GGUF, without PyTorch and transformers: the draft of a file whose weights are read when they are written.
+"""Checkpoint → GGUF, without PyTorch and transformers: a draft, whose weights are read when they are written.
 
-    open_draft(folder or file) → quantize.plan(draft, [Recipe(quant("Q4_K_M"))], …) → quantize.run(plan)
+open_draft(folder or file) → quantize.plan(draft, [Recipe(quant("Q4_K_M"))], …) → quantize.run(plan)
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """config.json read with types: what a family needs, under the names any generation of transformers gives it.
 
-transformers 4 writes rope_theta and rope_scaling, transformers 5 one rope_parameters (for Gemma 3 one per layer kind).
-A setting that the engine cannot express is refused by name; a missing or mistyped one is an InvalidModel naming the key.
+transformers 4 writes rope_theta and rope_scaling, transformers 5 rope_parameters (Gemma 3: one a kind of layer).
+A setting that the engine cannot express is refused by name; a missing or mistyped one is an InvalidModel.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ class Config:
             return
         if value not in accepted:
             expected = " or ".join(repr(item) for item in accepted)
-            raise Unsupported(f"{self.path}: '{key}' is {value!r}; the engine can only express {expected} for this family")
+            raise Unsupported(
+                f"{self.path}: '{key}' is {value!r}; the engine can only express {expected} for this family"
+            )
 
     @property
     def n_layer(self) -> int:
@@ -134,17 +136,21 @@ class Config:
         if kind not in _ROPE_TYPES:
             raise Unsupported(f"{self.path}: rope type {kind!r}; the engine can only express {', '.join(_ROPE_TYPES)}")
         inner = Config(scaling, self.path)
-        theta = inner.number("rope_theta", default=None, kind=float) or self.number("rope_theta", default=10000.0, kind=float)
+        theta = inner.number("rope_theta", default=None, kind=float) or self.number(
+            "rope_theta", default=10000.0, kind=float
+        )
         factor = inner.number("factor", default=_REQUIRED if kind != "default" else 1.0, kind=float)
         if kind == "yarn":
             _refuse_yarn_details(inner, factor)
         if inner.values.get("partial_rotary_factor", 1.0) != 1.0:
-            raise Unsupported(f"{self.path}: 'partial_rotary_factor' is {inner.values['partial_rotary_factor']!r}, not 1")
+            raise Unsupported(
+                f"{self.path}: 'partial_rotary_factor' is {inner.values['partial_rotary_factor']!r}, not 1"
+            )
         return Rope(theta, kind, factor, scaling)
 
 
 def _refuse_yarn_details(scaling: Config, factor: float) -> None:
-    """The engine reads factor and original context only; its other YaRN constants are the paper's (arXiv 2309.00071)."""
+    """The engine reads factor and original context; its other YaRN constants are the paper's (arXiv 2309.00071)."""
     from math import isclose, log
 
     scaling.require("beta_fast", 32, 32.0)
@@ -154,5 +160,7 @@ def _refuse_yarn_details(scaling: Config, factor: float) -> None:
         scaling.require(key, 1, 1.0)
     for key in ("attention_factor", "attn_factor"):
         value = scaling.values.get(key)
-        if value is not None and not (isinstance(value, (int, float)) and isclose(value, 0.1 * log(factor) + 1, rel_tol=1e-4)):
+        if value is not None and not (
+            isinstance(value, (int, float)) and isclose(value, 0.1 * log(factor) + 1, rel_tol=1e-4)
+        ):
             raise Unsupported(f"{scaling.path}: YaRN '{key}' is {value!r}; the engine always uses 0.1·ln(factor) + 1")

@@ -100,7 +100,9 @@ def from_checkpoint(checkpoint: Checkpoint, *, pre: str | None = None) -> GgufDr
 
 def from_gguf(file: GgufFile) -> GgufDraft:
     """The same GGUF again, ready to be written with other types."""
-    spans = [(info.name, info.type.name, info.shape, info.path, info.offset, info.nbytes) for info in file.tensors.values()]
+    spans = [
+        (info.name, info.type.name, info.shape, info.path, info.offset, info.nbytes) for info in file.tensors.values()
+    ]
     lazy = [tensors.from_info(info) for info in file.tensors.values()]
     kept = {key: value for key, value in file.metadata.items() if not key.startswith("split.")}
     ordered = tuple(sorted(lazy, key=lambda tensor: file_order(tensor.name)))
@@ -109,7 +111,11 @@ def from_gguf(file: GgufFile) -> GgufDraft:
 
 
 def _texts(checkpoint: Checkpoint) -> list[Path]:
-    return sorted(path for pattern in ("*.json", "*.jinja", "tokenizer.model", "merges.txt") for path in checkpoint.folder.glob(pattern))
+    return sorted(
+        path
+        for pattern in ("*.json", "*.jinja", "tokenizer.model", "merges.txt")
+        for path in checkpoint.folder.glob(pattern)
+    )
 
 
 def _fingerprint(spans: Iterable[tuple[str, str, tuple[int, ...], Path, int, int]], texts: Iterable[Path]) -> str:
@@ -142,7 +148,9 @@ def _map(
             continue
         name = _without_prefix(stored.name, architecture.prefixes)
         if name not in rows:
-            raise Unsupported(f"{stored.path}: nobody maps tensor '{stored.name}' for {architecture.name}", _nearest_row(name, rows))
+            raise Unsupported(
+                f"{stored.path}: nobody maps tensor '{stored.name}' for {architecture.name}", _nearest_row(name, rows)
+            )
         if name in seen:
             raise InvalidModel(f"{stored.path}: tensor '{stored.name}' maps to the same name as another")
         seen.add(name)
@@ -177,7 +185,8 @@ def _convert(stored: StoredTensor, row: Row, target: str, config: Config, n_toke
     expected = tuple(sizes[size] for size in row.shape)
     if stored.shape != expected:
         raise InvalidModel(
-            f"{stored.path}: tensor '{stored.name}' has the shape {list(stored.shape)}, config.json says {list(expected)}"
+            f"{stored.path}: tensor '{stored.name}' has the shape {list(stored.shape)},"
+            f" config.json says {list(expected)}"
         )
     lazy = tensors.from_stored(stored)
     if row.operation:
@@ -195,5 +204,3 @@ def _require_all(checkpoint: Checkpoint, rows: dict[str, tuple[Row, str]], seen:
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InvalidModel(f"{checkpoint.folder}: tensor '{missing[0]}'{more} is missing from the checkpoint")
-
-

@@ -17,9 +17,13 @@ from .config import Config
 
 # generation_config.json key(s) → general.sampling.* key, in the converter's order
 _SAMPLING = (
-    (("top_k",), "top_k", int), (("top_p",), "top_p", float), (("min_p",), "min_p", float), (("temperature",), "temp", float),
-    (("penalty_last_n",), "penalty_last_n", int), (("penalty_repeat", "repetition_penalty"), "penalty_repeat", float),
-)  # fmt: skip
+    (("top_k",), "top_k", int),
+    (("top_p",), "top_p", float),
+    (("min_p",), "min_p", float),
+    (("temperature",), "temp", float),
+    (("penalty_last_n",), "penalty_last_n", int),
+    (("penalty_repeat", "repetition_penalty"), "penalty_repeat", float),
+)
 
 
 def general(checkpoint: Checkpoint, architecture: str, n_weights: int) -> dict[str, Value]:
@@ -63,11 +67,8 @@ def _card_field(folder: Path, name: str) -> str | None:
 
 def size_label(n_weights: int) -> str:
     """135M, 1.2B: the parameter count, two digits at least (gguf-py/gguf/utility.py)."""
-    for unit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
-        if n_weights > unit:
-            break
-    else:
-        unit, suffix = 1e3, "K"
+    units = ((1e12, "T"), (1e9, "B"), (1e6, "M"))
+    unit, suffix = next((row for row in units if n_weights > row[0]), (1e3, "K"))
     scaled = n_weights / unit
     digits = max(2 - len(str(round(scaled)).lstrip("0")), 0)
     return f"{scaled:.{digits}f}{suffix}"

@@ -50,7 +50,6 @@ def _cased(number: str, suffix: str = "") -> str:
 LLAMA3 = _tiktoken(r"\p{N}{1,3}")
 QWEN2 = _tiktoken(DIGIT)
 QWEN35 = _tiktoken(DIGIT, letters=r"[\p{L}\p{M}]")
-GPT4O = _cased(r"\p{N}{1,3}", f"{_CONTRACTIONS}?")
 _WIDE_CJK = r"[一-龥ࠀ-一가-퟿]+"
 
 
@@ -84,20 +83,19 @@ PRETOKENIZERS = (
     PreTokenizer("minicpm5", (r"\p{N}{1,3}", _tiktoken(DIGITS)), ignore_merges=True, tidies=True),
     PreTokenizer("ufakzeka", (QWEN2.removeprefix(f"{_CONTRACTIONS}|"),)),
     PreTokenizer("tekken", (_cased(DIGIT),), ignore_merges=True, adds_bos=True),
-    PreTokenizer("gpt-4o", (GPT4O,)),
-    PreTokenizer("tiny_aya", (r"\d{1,3}(?=(?:\d{3})*\b)", GPT4O)),
+    PreTokenizer("gpt-4o", (_cased(r"\p{N}{1,3}", f"{_CONTRACTIONS}?"),)),
     PreTokenizer("deepseek-v3", (r"\p{N}{1,3}", _CJK, _WORDS)),
     PreTokenizer("deepseek-coder", (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _WIDE_CJK, DIGIT)),
-    PreTokenizer("default", (PUNCTUATION_RUNS, GPT2, DIGITS, "[0-9][0-9][0-9]"), tidies=True),
+    PreTokenizer("falcon", (PUNCTUATION_RUNS, GPT2, "[0-9][0-9][0-9]"), tidies=True),
 )
 
 # Every name the engine takes (llama.cpp src/llama-vocab.cpp, llama_vocab::impl::load); those without a row above can
 # only be found by hash or given with --pre.
 NAMES = frozenset(
-    "a.x-4.0 afmoe bailingmoe bailingmoe2 bloom chameleon chatglm-bpe codeshell cohere2moe command-r dbrx deepseek- "
-    "coder deepseek-llm deepseek-r1-qwen deepseek-v3 default exaone exaone-moe exaone4 f2llmv2 falcon falcon-h1 "
-    "falcon3 gemma4 gigachat glm4 glm5 gpt-2 gpt-4o gpt3-finnish granite-docling granite-embed-multi-311m granite- "
-    "embed-multi-97m grok-2 hunyuan hunyuan-dense hy_v4 jais jais-2 jina-de jina-es jina-v1-en jina-v2-code "
+    "a.x-4.0 afmoe bailingmoe bailingmoe2 bloom chameleon chatglm-bpe codeshell cohere2moe command-r dbrx "
+    "deepseek-coder deepseek-llm deepseek-r1-qwen deepseek-v3 default exaone exaone-moe exaone4 f2llmv2 falcon "
+    "falcon-h1 falcon3 gemma4 gigachat glm4 glm5 gpt-2 gpt-4o gpt3-finnish granite-docling granite-embed-multi-311m "
+    "granite-embed-multi-97m grok-2 hunyuan hunyuan-dense hy_v4 jais jais-2 jina-de jina-es jina-v1-en jina-v2-code "
     "jina-v2-de jina-v2-es jina-v5-nano joyai-llm kanana2 kimi-k2 kormo laguna lfm2 llada-moe llama-bpe llama-v3 "
     "llama3 llama4 megrez mellum mellum2 midm-2.0 minerva-7b minicpm5 minimax-m2 modern-bert mpt olmo phi-2 pixtral "
     "poro-chat qwen2 qwen35 refact roberta-bpe sarvam-moe seed-coder smaug-bpe smollm solar-open spark2_5 stablelm2 "

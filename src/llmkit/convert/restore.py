@@ -122,13 +122,21 @@ def tokenizer_files(file: GgufFile, folder: Path) -> None:
     if file.get("tokenizer.ggml.pre") in _DIGITS_FIRST:
         splits.insert(0, {"type": "Digits", "individual_digits": True})
     added = [
-        {"id": i, "content": tokens[i], "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        {
+            "id": i,
+            "content": tokens[i],
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
         for i, kind in enumerate(kinds)
         if kind == 3
     ]
     merges = [merge.split(" ", 1) for merge in file.get("tokenizer.ggml.merges")]
-    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
-             "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
              "vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges}  # fmt: skip
     _write_json(folder / "tokenizer.json", {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
@@ -143,7 +151,8 @@ def tokenizer_files(file: GgufFile, folder: Path) -> None:
     }
     _write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "add_prefix_space": False, "clean_up_tokenization_spaces": False,
-        "model_max_length": file.get("llama.context_length"), "chat_template": file.get("tokenizer.chat_template"), **special,
+        "model_max_length": file.get("llama.context_length"),
+        "chat_template": file.get("tokenizer.chat_template"), **special,
     })  # fmt: skip
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Rows = np.ndarray[Any, np.dtype[Any]]
 
 # safetensors dtype → (numpy dtype as stored, type in GGUF); integers and F64 become F32
-_STORED = {
+_STORED: dict[str, tuple[np.dtype[Any], TensorType]] = {
     "F32": (np.dtype("<f4"), F32),
     "F16": (np.dtype("<f2"), F16),
     "BF16": (np.dtype("<u2"), BF16),
@@ -37,15 +37,15 @@ _STORED = {
     "I8": (np.dtype("i1"), F32),
     "U8": (np.dtype("u1"), F32),
 }
-_IN_MEMORY = {F32.name: np.dtype("<f4"), F16.name: np.dtype("<f2"), BF16.name: np.dtype("<u2")}
+_IN_MEMORY: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 
 
 @dataclass(frozen=True)
 class LazyTensor:
     """A tensor of `shape` (numpy order) whose rows come as `type` stores them.
 
-    `read(start, stop)` gives those rows: float32, float16, uint16 (the bits of bfloat16), or for quantized types uint8 of
-    (rows, bytes of a row). `span` is (file, offset) when all rows lie there in this order, ready to be copied.
+    `read(start, stop)` gives those rows: float32, float16, uint16 (the bits of bfloat16), or for quantized types uint8
+    of (rows, bytes of a row). `span` is (file, offset) when all rows lie there in this order, ready to be copied.
     """
 
     name: str
@@ -97,13 +97,15 @@ def _decode(rows: Rows, kind: TensorType, width: int) -> Rows:
 def read_span(path: Path, offset: int, nbytes: int) -> Rows:
     """`nbytes` of `path` from `offset` as uint8. Raises InvalidModel when the file has become shorter."""
     buffer = np.empty(nbytes, np.uint8)
-    view = memoryview(buffer)
+    view = buffer.data
     with open(path, "rb", buffering=0) as file:
         done = 0
         while done < nbytes:
             count = os.preadv(file.fileno(), [view[done:]], offset + done)
             if count == 0:
-                raise InvalidModel(f"{path}: ended at byte {offset + done} while being read: it has changed since it was opened")
+                raise InvalidModel(
+                    f"{path}: ended at byte {offset + done} while being read: it has changed since it was opened"
+                )
             done += count
     return buffer
 
@@ -150,8 +152,8 @@ def from_array(name: str, values: Rows) -> LazyTensor:
 def interleave_rope_halves(tensor: LazyTensor, heads: int) -> LazyTensor:
     """Reorder the rows of each head from Hugging Face's two halves to llama.cpp's pairs.
 
-    HF rotates element i of a head with element i + d/2, llama.cpp's llama family rotates 2i with 2i + 1: row h·d + 2j + k
-    of the result is row h·d + k·d/2 + j of the source. Biases (one dimension) are reordered by element.
+    HF rotates element i of a head with element i + d/2, llama.cpp's llama family 2i with 2i + 1: row h·d + 2j + k of
+    the result is row h·d + k·d/2 + j of the source. Biases (one dimension) are reordered by element.
     """
     return _permute_heads(tensor, heads, (2, -1))
 

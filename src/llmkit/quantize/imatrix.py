@@ -22,8 +22,9 @@ from ..quants import TensorType
 
 Importance = np.ndarray[Any, np.dtype[np.float32]]
 _SUMS, _COUNTS = ".in_sum2", ".counts"
-# Types the engine refuses to make without importance, save for the embedding and the output (src/llama-quant.cpp).
+# Types the engine refuses to make without importance, and the tensors it exempts from that (src/llama-quant.cpp).
 _DEMANDING = {"IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_M", "IQ1_S"}
+_EXEMPT = {"token_embd.weight", "output.weight"}
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,10 @@ class Imatrix:
     def require(self, tensors: Sequence[LazyTensor], types: dict[str, TensorType]) -> None:
         """Raise InvalidModel unless every tensor that must have importance has it, of the right size."""
         for tensor in tensors:
-            demanding = types[tensor.name].name in _DEMANDING and tensor.name not in ("token_embd.weight", "output.weight")
-            if self.of(tensor) is None and demanding:
+            kind = types[tensor.name].name
+            if self.of(tensor) is None and kind in _DEMANDING and tensor.name not in _EXEMPT:
                 raise InvalidModel(
-                    f"{self.path}: holds nothing for '{tensor.name}', which {types[tensor.name].name} cannot do without",
+                    f"{self.path}: holds nothing for '{tensor.name}', which {kind} cannot do without",
                     "Make the importance matrix from this model, or choose a larger quant.",
                 )
 
@@ -143,7 +144,9 @@ def _legacy_fields(path: Path, data: bytes) -> Iterator[Any]:
     def take(nbytes: int) -> bytes:
         nonlocal position
         if nbytes < 0 or position + nbytes > len(data):
-            raise InvalidModel(f"{path}: is neither a GGUF nor a legacy importance matrix, or is cut short at byte {position}")
+            raise InvalidModel(
+                f"{path}: is neither a GGUF nor a legacy importance matrix, or is cut short at byte {position}"
+            )
         position += nbytes
         return data[position - nbytes : position]
 

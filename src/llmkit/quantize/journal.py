@@ -1,7 +1,7 @@
 """The journal beside a partial file: which tensors are in it, so that a killed run goes on from there.
 
-JSON lines: the plan's fingerprint with the sizes and times of the source files, then names of finished tensors. A name is
-written only after its data is on the disk. While a run lives it holds a lock on the journal.
+JSON lines: the plan's fingerprint with the sizes and times of the source files, then names of finished tensors. A name
+is written only after its data is on the disk. While a run lives it holds a lock on the journal.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ class _Target:
     descriptors: dict[str, int] = field(default_factory=dict)
     cpu_seconds: float = 0.0
     finished: list[str] = field(default_factory=list)
-    # The kernel lets one thread at a time write to a file; those that wait for it there burn CPU, those that wait here sleep.
+    # The kernel lets one thread at a time write to a file. Those that wait for it there burn CPU, here they sleep.
     writing: threading.Lock = field(default_factory=threading.Lock)
 
     def place(self, name: str) -> tuple[int, int]:
@@ -92,7 +92,9 @@ def run(plan: Plan, *, threads: int | None = None, on_progress: OnProgress = ign
 def _open(output: OutputPlan, stack: ExitStack) -> _Target:
     journal = open_journal(output)
     target = _Target(output, journal)
-    stack.callback(lambda: journal.close(finished=all(file.path.exists() for file in output.files) and not target.descriptors))
+    stack.callback(
+        lambda: journal.close(finished=all(file.path.exists() for file in output.files) and not target.descriptors)
+    )
     fresh = not journal.done
     for file in output.files:
         partial = store.partial_path(file.path)
@@ -115,7 +117,9 @@ def _reserve(descriptor: int, nbytes: int, path: Path) -> None:
         os.posix_fallocate(descriptor, 0, nbytes)
     except (AttributeError, OSError) as error:
         if isinstance(error, OSError) and error.errno == _ENOSPC:
-            raise NotEnoughRoom(f"{path}: the disk has no room for {nbytes / 1e9:.2f} GB", "Free some, or use --out.") from None
+            raise NotEnoughRoom(
+                f"{path}: the disk has no room for {nbytes / 1e9:.2f} GB", "Free some, or use --out."
+            ) from None
     os.truncate(descriptor, nbytes)
 
 
@@ -152,7 +156,9 @@ class _Pass:
 
     def run(self) -> None:
         """Work through all chunks; on any error or interrupt stop the threads, record what is whole, and raise."""
-        for kind in {kind.ggml_id for target in self.targets for kind in target.output.types.values() if kind.quantized}:
+        for kind in {
+            kind.ggml_id for target in self.targets for kind in target.output.types.values() if kind.quantized
+        }:
             self.engine.functions["ggml_quantize_init"](kind)  # else the first chunks would wait for each other
         workers = [threading.Thread(target=self._work, daemon=True) for _ in range(self.n_threads)]
         for worker in workers:
@@ -180,7 +186,7 @@ class _Pass:
         name = chunk.tensor.name
         self.done += _source_nbytes(chunk.tensor, chunk.start, chunk.stop)
         self.left[name] -= 1
-        for target, spent in zip(chunk.targets, seconds):
+        for target, spent in zip(chunk.targets, seconds, strict=True):
             target.cpu_seconds += spent
         if not self.left[name]:
             for target in chunk.targets:
@@ -251,8 +257,8 @@ class _Pass:
         self.engine.quantize_chunk(kind.ggml_id, values.ctypes.data, block.ctypes.data, 0, n_rows, width, address)
         if not self.engine.validate_rows(kind.ggml_id, block.ctypes.data, block.nbytes):
             raise InvalidModel(
-                f"tensor '{chunk.tensor.name}', rows {chunk.start} to {chunk.stop}: {kind.name} gives values that are not"
-                " finite; the checkpoint holds NaN, infinity or numbers too large for the type"
+                f"tensor '{chunk.tensor.name}', rows {chunk.start} to {chunk.stop}: {kind.name} gives values that are"
+                " not finite; the checkpoint holds NaN, infinity or numbers too large for the type"
             )
         return block
 
@@ -260,7 +266,10 @@ class _Pass:
 def _copy(chunk: _Chunk, descriptor: int, offset: int) -> None:
     """Rows that lie in a file as they are wanted: copied inside the kernel, where it can."""
     path, begin = chunk.tensor.span or (Path(), 0)
-    start, nbytes = begin + _source_nbytes(chunk.tensor, 0, chunk.start), _source_nbytes(chunk.tensor, chunk.start, chunk.stop)
+    start, nbytes = (
+        begin + _source_nbytes(chunk.tensor, 0, chunk.start),
+        _source_nbytes(chunk.tensor, chunk.start, chunk.stop),
+    )
     done = 0
     try:
         with open(path, "rb", buffering=0) as source:
@@ -275,14 +284,16 @@ def _copy(chunk: _Chunk, descriptor: int, offset: int) -> None:
 
 
 def _write(descriptor: int, block: Rows, offset: int) -> None:
-    view = memoryview(block).cast("B")
+    view = block.data.cast("B")
     try:
         while view:
             count = os.pwrite(descriptor, view, offset)
             view, offset = view[count:], offset + count
     except OSError as error:
         if error.errno == _ENOSPC:
-            raise NotEnoughRoom("the disk is full", "Free some room and run the same command again: it goes on.") from None
+            raise NotEnoughRoom(
+                "the disk is full", "Free some room and run the same command again: it goes on."
+            ) from None
         raise LlmkitError(f"writing failed: {error.strerror}", "Run the same command again: it goes on.") from error
 
 

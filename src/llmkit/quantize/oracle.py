@@ -47,7 +47,7 @@ def ask(draft: GgufDraft, recipes: Sequence[Recipe], *, has_imatrix: bool) -> li
         gguf_writer.write_sparse(path, _header(draft, architecture), [(t.name, t.shape, t.type) for t in draft.tensors])
         request = {"path": str(path), "recipes": [_request(recipe, tied, has_imatrix) for recipe in recipes]}
         answers = engine.run_in_child(function="llmkit.quantize.oracle:dry_runs", arguments=request, timeout=_TIMEOUT)
-    return [_choice(draft, recipe, answer) for recipe, answer in zip(recipes, answers)]
+    return [_choice(draft, recipe, answer) for recipe, answer in zip(recipes, answers, strict=True)]
 
 
 def _header(draft: GgufDraft, architecture: str) -> dict[str, Value]:
@@ -89,7 +89,8 @@ def _choice(draft: GgufDraft, recipe: Recipe, answer: dict[str, Any]) -> Choice:
             raise EngineError(f"the engine named no type for tensor '{tensor.name}' in {recipe}")
         if tensor.width % kind.block:
             raise Unsupported(
-                f"{recipe}: rows of {tensor.width} in '{tensor.name}' do not divide into {kind.name} blocks of {kind.block}"
+                f"{recipe}: rows of {tensor.width} in '{tensor.name}' do not divide into"
+                f" {kind.name} blocks of {kind.block}"
             )
         types[tensor.name] = kind
     return Choice(types, answer["needs_imatrix"])
@@ -114,7 +115,7 @@ def _dry_run(path: str, recipe: dict[str, Any]) -> dict[str, Any]:
         params.imatrix = entries
     if recipe["overrides"]:
         table = (llama.llama_model_tensor_override * (len(recipe["overrides"]) + 1))()
-        for row, (pattern, kind) in zip(table, recipe["overrides"]):
+        for row, (pattern, kind) in zip(table, recipe["overrides"], strict=False):
             row.pattern, row.type = pattern.encode(), kind
         params.tt_overrides = table
     with loaded.capture_log() as lines:

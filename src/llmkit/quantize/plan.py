@@ -6,8 +6,8 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 
 from .. import __version__, store
@@ -23,8 +23,8 @@ from .recipe import Recipe
 
 CONVERSIONS = ("auto", "bf16", "f16", "f32", "q8_0")
 _NEEDS_IMATRIX = (
-    "Get one that was published with the model (imatrix.gguf or imatrix.dat), or make one with llama.cpp's llama-imatrix,"
-    " and give it with --imatrix FILE. Or choose a quant that needs none, such as Q2_K."
+    "Get one that was published with the model (imatrix.gguf or imatrix.dat), or make one with llama.cpp's"
+    " llama-imatrix, and give it with --imatrix FILE. Or choose a quant that needs none, such as Q2_K."
 )
 
 
@@ -105,13 +105,16 @@ def plan(
     split_nbytes: int | None = None,
     requantize: bool = False,
 ) -> Plan:
-    """Types from the engine, then headers and offsets, for each recipe; files are {name}-{quant}.gguf in `folder`, or `file`.
+    """Types from the engine, then headers and offsets, for each recipe.
+
+    Files are {name}-{quant}.gguf in `folder`, or `file`.
 
     Raises Unsupported (quantized source without `requantize`), LlmkitError (importance matrix needed), EngineError.
     """
     _refuse_quantized(draft, recipes, requantize)
+    choices = oracle.ask(draft, recipes, has_imatrix=imatrix is not None)
     outputs = []
-    for recipe, choice in zip(recipes, oracle.ask(draft, recipes, has_imatrix=imatrix is not None)):
+    for recipe, choice in zip(recipes, choices, strict=True):
         if imatrix is not None:
             imatrix.require(draft.tensors, choice.types)
         elif choice.needs_imatrix:
@@ -184,7 +187,10 @@ def _quantized_metadata(draft: GgufDraft, recipe: Recipe, imatrix: Imatrix | Non
     found["general.file_type"] = source_type if recipe.quant.default is None else Value.uint32(recipe.quant.ftype)
     if imatrix:
         found |= imatrix.metadata()
-    return {**{key: value for key, value in found.items() if not key.startswith("llmkit.")}, **provenance(draft, str(recipe))}
+    return {
+        **{key: value for key, value in found.items() if not key.startswith("llmkit.")},
+        **provenance(draft, str(recipe)),
+    }
 
 
 def _lay_out(
@@ -233,7 +239,7 @@ def _file(
 ) -> FilePlan:
     rows = [(tensor.name, tensor.shape, types[tensor.name]) for tensor in tensors]
     header, offsets = header_bytes(metadata, rows)
-    places = {name: len(header) + offset for (name, _, _), offset in zip(rows, offsets)}
+    places = {name: len(header) + offset for (name, _, _), offset in zip(rows, offsets, strict=True)}
     end = len(header) + sum(padded(tensor_nbytes(shape, kind)) for _, shape, kind in rows)
     return FilePlan(path, header, places, end)
 

@@ -34,7 +34,7 @@ class Recipe:
     def overrides(self, tied: bool) -> list[tuple[str, str]]:
         """All exceptions as (pattern, type name) for the engine; patterns get its shape fallback, its flags do not.
 
-        With tied embeddings the output matrix is the embedding, so `output_type` means token_embd unless that has its own.
+        With tied embeddings the output matrix is the embedding: `output_type` means token_embd unless that has its own.
         """
         embedding = self.embedding_type or (self.output_type if tied else None)
         ends = ((r"^output\.weight$", self.output_type), (r"^token_embd\.weight$", embedding))

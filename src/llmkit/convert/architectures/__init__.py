@@ -46,7 +46,7 @@ class Row:
 class Architecture:
     """A family. `metadata` gives its keys, `extra` tensors that are computed, `check` refuses what cannot be expressed.
 
-    `defaults` fill config.json where transformers leaves a key out; tensors under `skipped` prefixes are not part of the
+    `defaults` fill config.json where transformers leaves a key out; tensors under `skipped` prefixes are no part of the
     text model. `prefixes` are what may stand before the names in `rows`. `add_space_prefix`: see convert/vocab.
     """
 

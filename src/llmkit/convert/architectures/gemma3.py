@@ -1,7 +1,7 @@
 """Gemma 3, text: norms multiply by 1 + w, four norms a block, every sixth layer looks at the whole context.
 
-The engine (llama.cpp src/models/gemma3.cpp) scales attention by 1/sqrt(head_dim), except in the 62-layer model, and ties
-the output to the embedding. The embedding may have more rows than the tokenizer has tokens; they are cut off.
+The engine (llama.cpp src/models/gemma3.cpp) scales attention by 1/sqrt(head_dim), except in the 62-layer model, and
+ties the output to the embedding. The embedding may have more rows than the tokenizer has tokens; they are cut off.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ...gguf import Value, ValueType
 from .. import metadata
 from ..config import Config
 from ..tensors import LazyTensor, add_one
-from . import Architecture, llama
+from . import Architecture, Row, llama
 from .llama import block
 from .qwen2 import ATTENTION
 
@@ -69,7 +69,9 @@ def check(config: Config) -> tuple[str, ...]:
         if "rope_parameters" not in config.values and layers == "sliding_attention":
             continue
         if (kind := config.rope(layers).type) not in accepted:
-            raise Unsupported(f"{config.path}: rope type '{kind}' in {layers} layers; the engine can only express {accepted}")
+            raise Unsupported(
+                f"{config.path}: rope type '{kind}' in {layers} layers; the engine can only express {accepted}"
+            )
     return ()
 
 
@@ -77,7 +79,7 @@ ARCHITECTURE = Architecture(
     name="gemma3",
     rows=(
         llama.EMBEDDING_AND_OUTPUT[0],
-        llama.Row("model.norm.weight", "output_norm.weight", ("embd",), _norm),
+        Row("model.norm.weight", "output_norm.weight", ("embd",), _norm),
         llama.EMBEDDING_AND_OUTPUT[2],
         *llama.FEED_FORWARD,
         *ATTENTION,
@@ -92,8 +94,8 @@ ARCHITECTURE = Architecture(
     check=check,
     defaults={  # transformers Gemma3TextConfig
         "head_dim": 256, "num_attention_heads": 8, "num_key_value_heads": 4, "rms_norm_eps": 1e-6, "vocab_size": 262208,
-        "max_position_embeddings": 131072, "rope_theta": 1_000_000.0, "sliding_window": 4096, "query_pre_attn_scalar": 256,
-        "hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True,
+        "max_position_embeddings": 131072, "rope_theta": 1_000_000.0, "sliding_window": 4096,
+        "query_pre_attn_scalar": 256, "hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True,
     },
     prefixes=("language_model.", "model.language_model."),
     skipped=("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."),

@@ -52,7 +52,7 @@ def check(config: Config) -> tuple[str, ...]:
 def _rope_freqs(config: Config) -> tuple[LazyTensor, ...]:
     """Divisors of the rotary frequencies for rope type llama3 (transformers modeling_rope_utils, llama3).
 
-    Wavelengths shorter than original/high are kept (1), longer than original/low divided by factor, between them blended.
+    Wavelengths shorter than original/high are kept (1), longer than original/low divided by factor, others blended.
     """
     rope = config.rope()
     if rope.type != "llama3":

@@ -16,11 +16,15 @@ def check(config: Config) -> tuple[str, ...]:
     config.require("partial_rotary_factor", 1, 1.0)
     config.require("is_causal", True)
     if config.rope().type == "llama3":
-        raise Unsupported(f"{config.path}: rope type 'llama3'; the engine can only express default, linear or yarn here")
+        raise Unsupported(
+            f"{config.path}: rope type 'llama3'; the engine can only express default, linear or yarn here"
+        )
     layer_types = config.values.get("layer_types") or []
     if config.values.get("use_sliding_window") or "sliding_attention" in layer_types:
         window = config.number("sliding_window")
-        raise Unsupported(f"{config.path}: 'use_sliding_window' with a window of {window}; the engine has none for this family")
+        raise Unsupported(
+            f"{config.path}: 'use_sliding_window' with a window of {window}; the engine has none for this family"
+        )
     return ()
 
 

@@ -122,8 +122,8 @@ def _read_single(single: Sequence[tuple[str, str]], found: SpecialTokens) -> tup
         return None, None
     first, last = (text if kind == "SpecialToken" else None for kind, text in (single[0], single[-1]))
     if first:
-        for role in ("bos", "cls"):
-            if first not in (found.texts.get("bos"), found.texts.get("cls")) or role == "cls":
+        if first not in (found.texts.get("bos"), found.texts.get("cls")):
+            for role in ("bos", "cls"):
                 found.texts.setdefault(role, first)
         found.adds["bos"] = first in (found.texts.get("bos"), found.texts.get("cls"))
         if not found.adds["bos"]:
