@@ -11,10 +11,12 @@ from pathlib import Path
 
 import gguf as gguf_oracle
 import numpy as np
+import numpy.typing as npt
 import pytest
 
+from conftest import GgufOf, TinyCheckpoint
 from llmkit import backends, engine, gguf, gguf_writer
-from llmkit.backends import Backend, llamacpp, vetting
+from llmkit.backends import Backend, llamacpp
 from llmkit.backends.scripted import Scripted
 from llmkit.errors import EngineError, InvalidModel, LlmkitError, ModelNotFound, Unsupported
 from llmkit.gguf import Value
@@ -33,9 +35,10 @@ def smol(smollm2_gguf: Path) -> Iterator[Backend]:
     backend.close()
 
 
-def probabilities(row: np.ndarray) -> np.ndarray:
-    powers = np.exp(row.astype(np.float64) - row.max())
-    return powers / powers.sum()
+def probabilities(row: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    powers: npt.NDArray[np.float64] = np.exp(row.astype(np.float64) - row.max())
+    shares: npt.NDArray[np.float64] = powers / powers.sum()
+    return shares
 
 
 # ── golden values ──
@@ -131,6 +134,22 @@ def test_rewinding_equals_a_fresh_start(smol: Backend) -> None:
         session.rewind(6)
     session.close()
     fresh.close()
+
+
+def test_a_window_that_has_slid_on_cannot_slide_back(tiny_checkpoint: TinyCheckpoint, gguf_of: GgufOf) -> None:
+    """Gemma's windowed layers keep only the last tokens: what the engine has dropped cannot be gone back to."""
+    backend = backends.load(gguf_of(tiny_checkpoint("gemma3"), "f32"), n_threads=1)
+    tokens = [2 + i * 7 % 90 for i in range(1300)]
+    session, fresh = backend.session(2048), backend.session(2048)
+    expected = fresh.eval(tokens).logits
+    session.eval([*tokens, 5, 6, 7])
+    assert session.rewind(1299)
+    np.testing.assert_allclose(session.eval(tokens[1299:]).logits, expected, atol=0.02)  # logits reach 30
+    assert not session.rewind(100) and session.n == 1300
+    assert session.rewind(0) and session.n == 0
+    fresh.rewind(0)
+    np.testing.assert_array_equal(session.eval(tokens[:50]).logits, fresh.eval(tokens[:50]).logits)
+    backend.close()
 
 
 def test_a_full_context_is_refused_before_anything_is_evaluated(smol: Backend) -> None:
@@ -294,7 +313,8 @@ def tiny_llama(path: Path, **changes: int) -> Path:
         **{f"llama.{key}": Value.uint32(number) for key, number in numbers.items()},
     }
     names = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"]
-    rows = [("token_embd.weight", (64, 32))] + [(f"blk.0.{name}.weight", (32, 32)) for name in names]
+    rows: list[tuple[str, tuple[int, ...]]] = [("token_embd.weight", (64, 32))]
+    rows += [(f"blk.0.{name}.weight", (32, 32)) for name in names]
     rows += [(f"{name}.weight", (32,)) for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm")]
     random = np.random.default_rng(3)
     written = [(name, shape, F32, random.normal(0, 0.1, shape).astype(np.float32).tobytes()) for name, shape in rows]
@@ -366,7 +386,7 @@ def test_a_file_is_vetted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         calls.append(arguments["function"])
         return real(**arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(vetting.engine, "run_in_child", counted)
+    monkeypatch.setattr(engine, "run_in_child", counted)
     for _ in range(2):
         backends.load(path, n_threads=1).close()
     assert calls == ["llmkit.backends.vetting:load_without_weights"]
@@ -384,7 +404,7 @@ def test_a_file_the_engine_dies_of_is_an_invalid_model(tmp_path: Path, monkeypat
     path = tiny_llama(tmp_path / "killer.gguf")
     real = engine.run_in_child
     monkeypatch.setattr(
-        vetting.engine,
+        engine,
         "run_in_child",
         lambda function, arguments, timeout: real(
             function=f"{__name__}:abort_in_child", arguments=arguments, timeout=timeout
@@ -398,7 +418,7 @@ def test_a_file_the_engine_dies_of_is_an_invalid_model(tmp_path: Path, monkeypat
 
 
 def _interrupt_soon(after: float) -> threading.Thread:
-    thread = threading.Thread(target=lambda: (time.sleep(after), os.kill(os.getpid(), signal.SIGINT)))
+    thread = threading.Timer(after, os.kill, (os.getpid(), signal.SIGINT))
     thread.start()
     return thread
 

@@ -114,9 +114,8 @@ def test_unknown_architecture(cli: Cli, model: Path) -> None:
 def test_tensor_nobody_maps(cli: Cli, model: Path) -> None:
     name = "model.layers.0.self_attn.q_proj.weight"
     rename_tensor(model, name, "model.layers.0.self_attn.q_projection.weight")
-    refused(
-        cli("convert", model), "'model.layers.0.self_attn.q_projection.weight'", "nearest pattern", "self_attn.q_proj.weight"
-    )  # fmt: skip
+    done = cli("convert", model)
+    refused(done, "'model.layers.0.self_attn.q_projection.weight'", "nearest pattern", "self_attn.q_proj.weight")
 
 
 def test_missing_tensor(cli: Cli, model: Path) -> None:
@@ -131,7 +130,6 @@ def test_missing_tensor(cli: Cli, model: Path) -> None:
         ({"hidden_size": "64"}, ("'hidden_size'", "'64'")),
         ({"hidden_size": ...}, ("hidden_size",)),
         ({"num_hidden_layers": 0}, ("'num_hidden_layers'",)),
-        ({"num_hidden_layers": 2**31 - 1}, ("num_hidden_layers",)),
         ({"num_attention_heads": 3}, ("heads",)),
         ({"architectures": []}, ("architectures",)),
         ({"hidden_act": "relu"}, ("'hidden_act'", "'relu'")),
@@ -145,6 +143,12 @@ def test_missing_tensor(cli: Cli, model: Path) -> None:
 def test_settings_that_cannot_be(values: dict[str, Any], expected: tuple[str, ...], cli: Cli, model: Path) -> None:
     change_config(model, **values)
     refused(cli("convert", model, "--dry-run"), "config.json" if "shape" not in expected else "shape", *expected)
+
+
+def test_absurd_number_of_layers(cli: Cli, model: Path) -> None:
+    """Refused at once: no list of two billion names is made."""
+    change_config(model, num_hidden_layers=2**31 - 1)
+    refused(cli("convert", model, "--dry-run", timeout=20), "num_hidden_layers")
 
 
 def test_settings_of_other_families(cli: Cli, tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
@@ -171,12 +175,12 @@ def test_weights_that_are_not_finite(cli: Cli, model: Path, out: Path) -> None:
     assert not list(out.glob("*.gguf"))
 
 
-def test_integers_as_weights(cli: Cli, model: Path) -> None:
+def test_weights_of_a_type_nobody_expects(cli: Cli, model: Path) -> None:
     def change(header: dict[str, Any]) -> None:
-        header["lm_head.weight"]["dtype"] = "I16"
+        header["lm_head.weight"]["dtype"] = "U16"
 
     rewrite_header(model / "model-00001-of-00003.safetensors", change)
-    refused(cli("convert", model, "--dry-run"), "lm_head.weight", "I16")
+    refused(cli("convert", model, "--dry-run"), "lm_head.weight", "U16")
 
 
 def test_tensor_name_that_cannot_be_printed(cli: Cli, model: Path) -> None:
@@ -188,12 +192,12 @@ def test_tensor_name_that_cannot_be_printed(cli: Cli, model: Path) -> None:
     ("content", "expected"),
     [
         (b"<!DOCTYPE html><html><title>404</title></html>", ("HTML", "Download")),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 98362432\n", ("Git LFS pointer", "git lfs pull")),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", ("Git LFS pointer", "git lfs pull")),
         (b"", ("empty",)),
         (b"PK\3\4" + bytes(500), ("not a GGUF",)),
-        (b"GGUF" + bytes(500), ("version",)),
+        (b"GGUF\x09" + bytes(500), ("version 9",)),
     ],
-    ids=["HTML", "LFS pointer", "empty", "zip", "zeros"],
+    ids=["HTML", "LFS pointer", "empty", "zip", "version 9"],
 )  # fmt: skip
 @pytest.mark.parametrize("verb", ["quantize", "inspect", "chat"])
 def test_a_gguf_that_is_none(verb: str, content: bytes, expected: tuple[str, ...], cli: Cli, tmp_path: Path) -> None:
@@ -220,8 +224,13 @@ def test_truncated_gguf(cli: Cli, tiny_checkpoint: TinyCheckpoint, gguf_of: Gguf
     ],
 )
 def test_broken_tokenizer(
-    file: str, content: bytes | None, expected: tuple[str, ...], cli: Cli, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
-) -> None:  # fmt: skip
+    file: str,
+    content: bytes | None,
+    expected: tuple[str, ...],
+    cli: Cli,
+    tiny_checkpoint: TinyCheckpoint,
+    tmp_path: Path,
+) -> None:
     folder = shutil.copytree(tiny_checkpoint("qwen2"), tmp_path / "model")
     if content is None:
         (folder / file).unlink()
@@ -235,12 +244,12 @@ def test_broken_tokenizer(
 
 def test_unknown_quant(cli: Cli, model: Path) -> None:
     refused(cli("quantize", model, "Q4_K_N"), "'Q4_K_N'", "Q4_K_M")
-    refused(cli("quantize", model, "nonsense"), "'nonsense'", "Q4_K_M", "IQ4_XS")
+    refused(cli("quantize", model, "NONSENSE"), "'NONSENSE'", "Q4_K_M", "IQ4_XS")
 
 
 def test_unknown_type(cli: Cli, model: Path) -> None:
     refused(cli("convert", model, "--type", "bf17"), "'bf17'", "bf16")
-    refused(cli("quantize", model, "Q8_0", "--output-type", "Q9_K"), "'Q9_K'", "Q8_0")
+    refused(cli("quantize", model, "Q8_0", "--output-type", "Q9_K"), "'Q9_K'", "Q6_K")
     refused(cli("quantize", model, "Q4_0", "--tensor-type", "ffn_down=Q9"), "'Q9'")
     refused(cli("quantize", model, "Q4_0", "--tensor-type", "ffn(=Q8_0"), "regular expression")
     refused(cli("quantize", model, "Q4_0", "--tensor-type", "ffn_down"), "REGEX=TYPE")
@@ -281,7 +290,7 @@ def test_one_name_for_two_files(cli: Cli, model: Path, out: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [["--threads", "0"], ["--threads", "-3"], ["--split-size", "0"], ["--split-size", "x"]]
+    "options", [["--threads", "-3"], ["--threads", "two"], ["--split-size", "0"], ["--split-size", "x"]]
 )
 def test_numbers_that_make_no_sense(options: list[str], cli: Cli, model: Path, out: Path) -> None:
     done = cli("quantize", model, "Q8_0", "--out", out, *options)

@@ -62,7 +62,9 @@ def test_what_was_held_back_comes_at_the_end() -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(st.text("ab<>é🙂", max_size=30), st.lists(st.text("ab<>é", min_size=1, max_size=3), max_size=3), st.data())
-def test_streams_cut_at_the_first_stop_string_however_the_bytes_come(text: str, stop: list[str], data: st.DataObject) -> None:
+def test_streams_cut_at_the_first_stop_string_however_the_bytes_come(
+    text: str, stop: list[str], data: st.DataObject
+) -> None:
     raw = text.encode()
     cuts = sorted(data.draw(st.lists(st.integers(0, len(raw)), max_size=8)))
     stream, given = TextStream(stop), ""
@@ -108,7 +110,7 @@ def test_a_second_turn_evaluates_only_what_is_new() -> None:
     assert said(list(chat.say("Next"))) == "Two."
     assert chat.turn is not None
     assert chat.turn.reused == held
-    assert chat.turn.prompt == held + len("<end>Next<end><assistant>") - 3 * 4 - 7 + 0 or True
+    assert chat.turn.prompt == held + len("Next") + 3  # <end>, Next, <end>, <assistant>
     assert session.evaluated - before == chat.turn.prompt - chat.turn.reused + len("Two.")
 
 
@@ -205,8 +207,8 @@ def test_a_model_without_template_stops_before_it_plays_the_user() -> None:
     class Dialogue(Scripted):
         def next_token(self, tokens: object) -> int:
             text = bytes(token for token in tokens if token < 256).decode()  # type: ignore[attr-defined]
-            said_so_far = text.rpartition("Assistant:")[2]
-            return b" Rome.\nUser: And then?"[len(said_so_far)]
+            _, asked, said_so_far = text.rpartition("Assistant:")
+            return b" Rome.\nUser: And then?"[len(said_so_far)] if asked else scripted.END
 
     chat = Chat(Dialogue([], template=None), sampling=GREEDY, context=200)
     steps = list(chat.say("Capital of Italy?"))
@@ -245,7 +247,8 @@ def test_the_capital_of_france_in_two_turns(smol: Backend) -> None:
 
 
 def test_reusing_a_prefix_does_not_change_the_answer(smol: Backend) -> None:
-    long, short = Chat(smol, sampling=GREEDY, context=512), Chat(smol, sampling=GREEDY, context=512)
+    brief = Sampling(temperature=0, max_tokens=15)
+    long, short = Chat(smol, sampling=brief, context=512), Chat(smol, sampling=brief, context=512)
     list(long.say("Name a fruit."))
     long.messages[:] = []
     short_answer = said(list(short.say("Name a planet.")))
@@ -257,7 +260,7 @@ def test_reusing_a_prefix_does_not_change_the_answer(smol: Backend) -> None:
 
 def test_the_same_seed_gives_the_same_answer(smol: Backend) -> None:
     def answer(seed: int | None) -> tuple[str, int]:
-        chat = Chat(smol, sampling=Sampling(temperature=1.2, seed=seed, max_tokens=12), context=256)
+        chat = Chat(smol, sampling=Sampling(temperature=1.2, seed=seed, max_tokens=8), context=256)
         text = said(list(chat.say("Tell me a story.")))
         chat.close()
         assert chat.turn is not None
@@ -267,4 +270,4 @@ def test_the_same_seed_gives_the_same_answer(smol: Backend) -> None:
     assert answer(42) == first
     drawn = answer(None)
     assert answer(drawn[1]) == drawn  # the seed that was drawn is told
-    assert len({answer(seed)[0] for seed in range(5)}) > 1
+    assert len({answer(seed)[0] for seed in range(3)}) > 1

@@ -295,6 +295,7 @@ HOSTILE = {
     "something else": (b"PK\3\4" + bytes(60), "is not a GGUF file"),
     "only the magic": (b"GGUF", "version"),
     "old magic": (b"ggjt" + bytes(60), "is not a GGUF file"),
+    "version 0": (file_bytes([], [], version=0), "version 0"),
     "version 1": (file_bytes([], [], version=1), "version 1"),
     "version 4": (file_bytes([], [], version=4), "version 4"),
     "big endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0) + bytes(64), "big-endian"),

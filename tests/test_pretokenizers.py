@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers_material as material
 from tokenizers import Regex, Tokenizer, decoders, models, trainers
 from tokenizers import pre_tokenizers as steps
 
-from llmkit.convert import pretokenizers
+import tokenizers_material as material
+from llmkit.convert import pretokenizers, vocab
 from llmkit.convert.pretokenizers import NAMES, PRETOKENIZERS, PROBE, PreTokenizer
 from llmkit.errors import InvalidModel, Unsupported
 from llmkit.gguf import Value, ValueType
@@ -95,7 +95,7 @@ def test_the_flags_of_a_row_are_the_engine_s(row: PreTokenizer, tmp_path: Path) 
 
 def test_the_engine_takes_every_name_and_no_other(merging: str, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(merging, "utf-8")
-    found = material.vocab.read(tmp_path, config={}, pre="gpt-2")
+    found = vocab.read(tmp_path, config={}, pre="gpt-2")
     path = tmp_path / "vocabulary.gguf"
     head = {"general.architecture": Value.string("llama"), **found.metadata}
     for name in sorted(NAMES):
@@ -136,7 +136,7 @@ def test_real_tokenizers_are_found_by_hash_and_by_structure(
 
 @pytest.mark.slow
 def test_the_probe_tells_apart_whatever_a_vocabulary_can_tell_apart(real: tuple[str, Path]) -> None:
-    """No tokenizer may be taken for another that has its vocabulary and cuts differently: ids on a long text differ too."""
+    """No tokenizer may be taken for another with the same vocabulary and other cuts, if ids on a long text differ."""
     _, path = real
     tokenizer = pretokenizers.load(path)
     own = pretokenizers.cuts_of(json.loads(path.read_text("utf-8"))["pre_tokenizer"])
@@ -215,7 +215,7 @@ def test_flags_choose_between_equal_cuts(tidies: bool, ignores: bool, name: str,
 
 
 def test_what_transformers_writes_for_qwen(tmp_path: Path) -> None:
-    """transformers 5 builds the tokenizer anew from its class: the structure differs in spelling from Qwen's own file."""
+    """transformers 5 builds the tokenizer anew from its class: spelled differently from Qwen's own file."""
     transformers = pytest.importorskip("transformers")
     made = transformers.Qwen2Tokenizer(vocab={"<|endoftext|>": 0, "a": 1, "b": 2, "ab": 3}, merges=[("a", "b")])
     made.save_pretrained(tmp_path)

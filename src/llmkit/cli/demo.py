@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import output
+from .quantize import count_argument
 
 if TYPE_CHECKING:
     from ..chat import Step
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder for the demo's files (default: in llmkit's cache)"
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="worker threads (default: all CPUs)")
+    parser.add_argument("--threads", type=count_argument, metavar="N", help="worker threads (default: all CPUs)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -24,6 +24,13 @@ KEPT = "What is done is kept in the .partial files: run the same command again t
 _UNITS = {"K": 10**3, "M": 10**6, "G": 10**9}
 
 
+def count_argument(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
+
+
 def size_argument(text: str) -> int:
     """'4G', '500MB' or plain bytes → bytes."""
     word = text.upper().removesuffix("B")
@@ -64,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--split-size", type=size_argument, metavar="SIZE", help="largest size of a file, e.g. 4G: splits the output"
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="worker threads (default: all CPUs)")
+    parser.add_argument("--threads", type=count_argument, metavar="N", help="worker threads (default: all CPUs)")
     parser.add_argument("--force", action="store_true", help="replace existing files")
     parser.add_argument("--dry-run", action="store_true", help="show types, sizes and room on disk; write nothing")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")

@@ -15,6 +15,7 @@ from ..errors import InvalidModel, Unsupported
 
 _ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 _REQUIRED = object()
+_MAX_LAYERS = 512  # LLAMA_MAX_LAYERS, llama.cpp src/llama-hparams.h
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,11 @@ class Config:
 
     @property
     def n_layer(self) -> int:
-        """Blocks."""
-        return int(self.number("num_hidden_layers", "n_layer"))
+        """Blocks. Raises Unsupported beyond what the engine can hold."""
+        count = int(self.number("num_hidden_layers", "n_layer"))
+        if count > _MAX_LAYERS:
+            raise Unsupported(f"{self.path}: 'num_hidden_layers' is {count}; the engine holds at most {_MAX_LAYERS}")
+        return count
 
     @property
     def n_embd(self) -> int:

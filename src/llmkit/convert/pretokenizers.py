@@ -151,9 +151,9 @@ def detect(path: Path, document: Mapping[str, Any], *, pre: str | None = None, t
     or `pre` is not a name of the engine, InvalidModel when `tokenizers` cannot read the file.
     """
     if pre is not None:
-        return Detection(check_name(pre), "--pre", _normalizer_warnings(document))
+        return Detection(check_name(pre), "--pre", normalizer_warnings(document))
     if name := PROBE_HASHES.get(probe_hash(path)):
-        return Detection(name, "hash", _normalizer_warnings(document))
+        return Detection(name, "hash", normalizer_warnings(document))
     cuts = cuts_of(document.get("pre_tokenizer"))
     rows = [row for row in PRETOKENIZERS if row.cuts == cuts]
     if not rows:
@@ -163,7 +163,7 @@ def detect(path: Path, document: Mapping[str, Any], *, pre: str | None = None, t
         )
     ignores = bool(document["model"].get("ignore_merges", False))
     row = min(rows, key=lambda row: (row.ignore_merges != ignores, row.tidies != tidies))
-    notes = _normalizer_warnings(document)
+    notes = normalizer_warnings(document)
     if row.ignore_merges != ignores:
         does = "looks whole words up before merging" if row.ignore_merges else "always merges"
         notes += (f"{path.name}: ignore_merges is {ignores}, the engine's '{row.name}' {does}: rare words may differ",)
@@ -220,9 +220,12 @@ def _split(step: Mapping[str, Any]) -> str:
     return f"Split({regex}, {behavior}, invert={invert})"
 
 
-def _normalizer_warnings(document: Mapping[str, Any]) -> tuple[str, ...]:
-    """NFC is passed over: nearly all text is NFC already, and every Qwen says it."""
-    kinds = [kind for kind in _normalizers(document.get("normalizer")) if kind != "NFC"]
+def normalizer_warnings(document: Mapping[str, Any], understood: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """What a tokenizer.json does to a text before cutting it and the engine does not, but for the kinds `understood`.
+
+    NFC is passed over: nearly all text is NFC already, and every Qwen says it.
+    """
+    kinds = [kind for kind in _normalizers(document.get("normalizer")) if kind not in ("NFC", *understood)]
     return tuple(f"the tokenizer first normalizes text ({kind}); the engine does not" for kind in kinds)
 
 

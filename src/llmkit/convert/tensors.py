@@ -25,17 +25,12 @@ if TYPE_CHECKING:
 
 Rows = np.ndarray[Any, np.dtype[Any]]
 
-# safetensors dtype → (numpy dtype as stored, type in GGUF); integers and F64 become F32
+# safetensors dtype → (numpy dtype as stored, type in GGUF). Integers are no weights: they are packed ones, or indices.
 _STORED: dict[str, tuple[np.dtype[Any], TensorType]] = {
     "F32": (np.dtype("<f4"), F32),
     "F16": (np.dtype("<f2"), F16),
     "BF16": (np.dtype("<u2"), BF16),
     "F64": (np.dtype("<f8"), F32),
-    "I64": (np.dtype("<i8"), F32),
-    "I32": (np.dtype("<i4"), F32),
-    "I16": (np.dtype("<i2"), F32),
-    "I8": (np.dtype("i1"), F32),
-    "U8": (np.dtype("u1"), F32),
 }
 _IN_MEMORY: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 
@@ -83,6 +78,13 @@ class LazyTensor:
         if self.type is F16:
             return rows.astype(np.float32)
         return _decode(rows, self.type, self.width)
+
+
+def all_finite(rows: Rows, kind: TensorType) -> bool:
+    """Whether rows of a plain type hold no NaN and no infinity. Quantized rows are not looked into."""
+    if kind is BF16:
+        return not ((rows & 0x7F80) == 0x7F80).any()
+    return kind.quantized or bool(np.isfinite(rows).all())
 
 
 def _decode(rows: Rows, kind: TensorType, width: int) -> Rows:

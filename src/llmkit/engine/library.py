@@ -105,6 +105,7 @@ class Engine:
     def capture_log(self) -> Iterator[list[str]]:
         """Collect the log lines the engine emits inside the block (from all threads)."""
         lines: list[str] = []
+        self.llama.llama_log_set(self._log_callback, None)  # another user of the library may have set its own
         self.log.flush()  # what was begun before is not ours
         self.log.listeners.append(lines)
         try:

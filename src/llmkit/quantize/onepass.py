@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import engine, settings, store
-from ..convert.tensors import LazyTensor, Rows, read_span
+from ..convert.tensors import LazyTensor, Rows, all_finite, read_span
 from ..errors import InvalidModel, LlmkitError, NotEnoughRoom
 from ..progress import OnProgress, Progress, ignore
 from ..quants import F32, TensorType
@@ -235,7 +235,7 @@ class _Pass:
                 with target.writing:
                     _copy(chunk, descriptor, offset)
             else:
-                raw = tensor.read(chunk.start, chunk.stop) if raw is None else raw
+                raw = _read(chunk) if raw is None else raw
                 if kind is tensor.type:
                     block = np.ascontiguousarray(raw)
                 else:
@@ -258,9 +258,21 @@ class _Pass:
         if not self.engine.validate_rows(kind.ggml_id, block.ctypes.data, block.nbytes):
             raise InvalidModel(
                 f"tensor '{chunk.tensor.name}', rows {chunk.start} to {chunk.stop}: {kind.name} gives values that are"
-                " not finite; the checkpoint holds NaN, infinity or numbers too large for the type"
+                " not finite: its numbers are too large for the type"
             )
         return block
+
+
+def _read(chunk: _Chunk) -> Rows:
+    """The chunk's rows as the source has them. Raises InvalidModel when they hold NaN or infinity."""
+    tensor = chunk.tensor
+    rows = tensor.read(chunk.start, chunk.stop)
+    if not all_finite(rows, tensor.type):
+        raise InvalidModel(
+            f"tensor '{tensor.name}', rows {chunk.start} to {chunk.stop}: the source holds values that are not finite",
+            "Its training or download went wrong; no quant can be made from it.",
+        )
+    return rows
 
 
 def _copy(chunk: _Chunk, descriptor: int, offset: int) -> None:

@@ -75,8 +75,7 @@ def read(
     size, n_real, left_out = _sizes(model, config, pad)
     rows = fill(model.path, model.rows, size)
     special = special_tokens.find(_sources(document, tokenizer_config, config, rows))
-    if model.kind == "gpt2" and pretokenizers.named(model.pre.name).adds_bos:
-        special.adds.setdefault("bos", False)  # nothing in the files adds one; unsaid, the engine would
+    _settle(special, model, document)
     template = chat_template.find(folder, tokenizer_config)
     before, after = _space_prefix(model, tokenizer_config, spm_add_space_prefix)
     metadata = {
@@ -92,6 +91,26 @@ def read(
     }
     notes = (*model.pre.warnings, *model.warnings, *left_out, *special.warnings, *template.warnings)
     return Vocabulary(metadata, size, n_real, model.pre.source, template.source, notes)
+
+
+def _settle(special: special_tokens.SpecialTokens, model: _Model, document: TokenizerJson | None) -> None:
+    """Say what the engine would guess wrong when unsaid.
+
+    It adds a bos for SentencePiece and for some names of pre-tokenizers, whatever a post-processor leaves out; and in a
+    byte-level vocabulary both roles are token 11 until a file names them.
+    """
+    byte_level_kind = model.kind == "gpt2"
+    guesses = pretokenizers.named(model.pre.name).adds_bos if byte_level_kind else _has_post_processor(document)
+    if guesses:
+        special.adds.setdefault("bos", False)
+    for role in ("bos", "eos") if byte_level_kind else ():
+        if special.adds.get(role) and role not in special.ids:
+            special.adds[role] = False
+            special.warnings.append(f"the tokenizer adds a {role} token, but no file says which: left out")
+
+
+def _has_post_processor(document: TokenizerJson | None) -> bool:
+    return document is not None and document.document.get("post_processor") is not None
 
 
 def _read_if_there(path: Path) -> dict[str, Any]:
@@ -113,9 +132,8 @@ def _read_document(folder: Path) -> TokenizerJson | None:
 def _model(
     folder: Path, document: TokenizerJson | None, tokenizer_config: Mapping[str, Any], pre: str | None
 ) -> _Model:
-    if pre is not None:
-        pretokenizers.check_name(pre)
-    not_needed = pretokenizers.Detection("default", "not needed")
+    unused = () if pre is None else (f"--pre {pretokenizers.check_name(pre)}: SentencePiece needs no pre-tokenizer",)
+    not_needed = pretokenizers.Detection("default", "not needed", unused)
     if sentencepiece_model.is_sentencepiece_model(folder / "tokenizer.model"):
         found = sentencepiece_model.read(folder / "tokenizer.model")
         rows = sentencepiece_model.tokens(found, _added_tokens(folder, document, tokenizer_config, found))

@@ -34,10 +34,10 @@ def merges(source: TokenizerJson) -> Iterable[str]:
 
 def _as_written(tokenizer: Any, content: str, number: int) -> str:
     """How an added token that skips the normalizer looks in a text: what it decodes to, if that encodes back."""
-    text = str(tokenizer.decode([number], skip_special_tokens=False))
-    if text == content or not text:
+    if tokenizer.token_to_id(content) != number:
         return content
-    return text if tokenizer.encode(text, add_special_tokens=False).ids == [number] else content
+    text = str(tokenizer.decode([number], skip_special_tokens=False))
+    return text if text and tokenizer.encode(text, add_special_tokens=False).ids == [number] else content
 
 
 def _kinds(step: Any) -> list[str]:

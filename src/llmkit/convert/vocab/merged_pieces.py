@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .. import pretokenizers
 from .tokenizer_json import TokenizerJson
 from .tokens import ADDED_SCORE, BLANK, BYTE_TOKEN, Token, TokenType, added, is_blanks
 
@@ -44,16 +45,20 @@ def _scores(source: TokenizerJson) -> dict[str, float]:
 
 
 def warnings(source: TokenizerJson) -> list[str]:
-    """Tokens the engine would build although no merge does."""
+    """What the engine does differently."""
     built = {left + right for left, right in source.merges}
     matched = {token.content for token in source.added}
     lone = [
         text for text in source.vocab
         if len(text) > 1 and text not in built and text not in matched and not BYTE_TOKEN.fullmatch(text)
     ]  # fmt: skip
-    if not lone:
-        return []
-    return [f"{source.path.name}: no merge builds {len(lone)} tokens (such as {lone[0]!r}), the engine may use them"]
+    found = [*pretokenizers.normalizer_warnings(source.document, ("Prepend", "Replace"))]
+    if lone:
+        some = f"{len(lone)} tokens (such as {lone[0]!r})"
+        found.append(f"{source.path.name}: no merge builds {some}, the engine may use them")
+    if any(step.get("type") == "Metaspace" and step.get("prepend_scheme") == "first" for step in _all_steps(source)):
+        found.append("the engine puts a space after each special token, too; the tokenizer only before the whole text")
+    return found
 
 
 def adds_space_prefix(source: TokenizerJson) -> bool:
@@ -62,8 +67,12 @@ def adds_space_prefix(source: TokenizerJson) -> bool:
         step.get("type") == "Prepend"
         or (step.get("type") == "Metaspace" and step.get("prepend_scheme", "always") != "never"
             and step.get("add_prefix_space", True))
-        for step in _steps([source.document.get("normalizer"), source.document.get("pre_tokenizer")])
+        for step in _all_steps(source)
     )  # fmt: skip
+
+
+def _all_steps(source: TokenizerJson) -> list[dict[str, Any]]:
+    return _steps([source.document.get("normalizer"), source.document.get("pre_tokenizer")])
 
 
 def _steps(value: Any) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from ...checkpoint import read_json
 from ...errors import InvalidModel, Unsupported
 
 _MAX_ID = 1 << 24  # far above any vocabulary; keeps a wild id from allocating a list of that length
+_MAX_DEPTH = 24  # of steps in steps: six already is unheard of
 _EXPECTED = f"expected 0 … {_MAX_ID - 1}"
 
 
@@ -47,6 +48,9 @@ class TokenizerJson:
 def read(path: Path) -> TokenizerJson:
     """Read and check `path`. Raises InvalidModel naming the file and the key; Unsupported for models other than BPE."""
     document = read_json(path)
+    for key in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        if not _is_shallow(document.get(key), _MAX_DEPTH):
+            raise InvalidModel(f"{path}: {key} is nested deeper than {_MAX_DEPTH}")
     model = document.get("model")
     if not isinstance(model, dict):
         raise InvalidModel(f"{path}: has no object 'model'")
@@ -64,6 +68,13 @@ def read(path: Path) -> TokenizerJson:
         bool(model.get("byte_fallback", False)),
         unk if isinstance(unk, str) else None,
     )
+
+
+def _is_shallow(value: Any, depth: int) -> bool:
+    if not isinstance(value, (dict, list)):
+        return True
+    inner = value.values() if isinstance(value, dict) else value
+    return depth > 0 and all(_is_shallow(item, depth - 1) for item in inner)
 
 
 def is_text(value: Any) -> bool:
