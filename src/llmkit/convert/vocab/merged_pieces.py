@@ -56,8 +56,10 @@ def warnings(source: TokenizerJson) -> list[str]:
     if lone:
         some = f"{len(lone)} tokens (such as {lone[0]!r})"
         found.append(f"{source.path.name}: no merge builds {some}, the engine may use them")
-    if any(step.get("type") == "Metaspace" and step.get("prepend_scheme") == "first" for step in _all_steps(source)):
-        found.append("the engine puts a space after each special token, too; the tokenizer only before the whole text")
+    for step in _all_steps(source):
+        if step.get("type") == "Metaspace" and (scheme := step.get("prepend_scheme", "always")) != "never":
+            where = "the first" if scheme == "first" else "those that begin without one"
+            found.append(f"the engine puts a space before every stretch of text, the tokenizer only before {where}")
     return found
 
 
