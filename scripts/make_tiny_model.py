@@ -65,7 +65,10 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Options:
-    """One checkpoint: `width` is hidden_size, `tied` None means as the family does."""
+    """One checkpoint. `width` is hidden_size; `tied` and `head_dim` are the family's unless given.
+
+    `biases` gives a Llama biases on every projection (attention_bias, mlp_bias).
+    """
 
     family: str = "llama"
     dtype: str = "bf16"
@@ -73,6 +76,8 @@ class Options:
     layers: int = 2
     seed: int = 0
     tied: bool | None = None
+    head_dim: int | None = None
+    biases: bool = False
     shards: int = 1
     config_style: int = 4
 
@@ -104,8 +109,8 @@ def configuration(options: Options, *, vocabulary: Vocabulary, vocab_size: int) 
         "use_cache": True,
         "transformers_version": "4.57.1" if options.config_style == 4 else "5.23.0",
     }
-    if family.wide_heads or options.config_style == 5 and family.model_type != "qwen2":
-        config["head_dim"] = options.width // heads * (2 if family.wide_heads else 1)
+    if options.head_dim or family.wide_heads or options.config_style == 5 and family.model_type != "qwen2":
+        config["head_dim"] = options.head_dim or options.width // heads * (2 if family.wide_heads else 1)
     config["torch_dtype" if options.config_style == 4 else "dtype"] = DTYPE_NAMES[options.dtype][2]
     return config | _activation(options) | _rope(options)
 
@@ -128,7 +133,7 @@ def _activation(options: Options) -> dict[str, Any]:
         return {"hidden_act": "silu", "sliding_window": sliding, **window, **plain}
     if family.model_type == "mistral":
         return {"hidden_act": "silu", "sliding_window": None}
-    return {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1}
+    return {"hidden_act": "silu", "attention_bias": options.biases, "mlp_bias": options.biases, "pretraining_tp": 1}
 
 
 def _rope(options: Options) -> dict[str, Any]:
@@ -156,7 +161,7 @@ def _rope(options: Options) -> dict[str, Any]:
 
 
 def weight_shapes(config: dict[str, Any], family: Family) -> Iterator[tuple[str, Shape]]:
-    """Names and shapes (rows, width) in the order transformers saves them: sorted by name within the model."""
+    """Names and shapes (rows, width) of all tensors, block by block."""
     hidden, ffn, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     head_dim = config.get("head_dim") or hidden // config["num_attention_heads"]
     q, kv = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
@@ -170,13 +175,14 @@ def weight_shapes(config: dict[str, Any], family: Family) -> Iterator[tuple[str,
         prefix = f"model.layers.{layer}."
         for name in norms:
             yield f"{prefix}{name}.weight", (hidden,)
-        yield from ((f"{prefix}mlp.{name}_proj.weight", (ffn, hidden)) for name in ("gate", "up"))
-        yield f"{prefix}mlp.down_proj.weight", (hidden, ffn)
-        for name, rows in (("q", q), ("k", kv), ("v", kv)):
-            yield f"{prefix}self_attn.{name}_proj.weight", (rows, hidden)
-            if family.biases:
-                yield f"{prefix}self_attn.{name}_proj.bias", (rows,)
-        yield f"{prefix}self_attn.o_proj.weight", (hidden, q)
+        rows = {"self_attn.q": q, "self_attn.k": kv, "self_attn.v": kv, "self_attn.o": hidden}
+        rows |= {"mlp.gate": ffn, "mlp.up": ffn, "mlp.down": hidden}
+        widths = {"self_attn.o": q, "mlp.down": ffn}
+        for name, count in rows.items():
+            yield f"{prefix}{name}_proj.weight", (count, widths.get(name, hidden))
+            everywhere = config.get("mlp_bias" if name.startswith("mlp") else "attention_bias")
+            if everywhere or family.biases and name in ("self_attn.q", "self_attn.k", "self_attn.v"):
+                yield f"{prefix}{name}_proj.bias", (count,)
         if family.head_norms:
             yield from ((f"{prefix}self_attn.{name}_norm.weight", (head_dim,)) for name in "qk")
     yield "model.norm.weight", (hidden,)
@@ -303,6 +309,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tied", action=argparse.BooleanOptionalAction, default=None, help="default: as the family")
+    parser.add_argument("--head-dim", type=int, help="default: as the family; width / 4, or twice that")
+    parser.add_argument("--biases", action="store_true", help="biases on every projection, for the Llama families")
     parser.add_argument("--shards", type=int, default=1)
     parser.add_argument("--config-style", type=int, choices=[4, 5], default=4, help="generation of transformers")
     given = vars(parser.parse_args(arguments))

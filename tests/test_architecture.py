@@ -319,23 +319,21 @@ TREE = re.compile(r"(?<=```text\n)llmkit/\n.*?(?=```)", re.DOTALL)
 
 
 def source_tree() -> str:
-    """src/llmkit as text: every module with the first clause of its docstring."""
-    rows = [("", "llmkit/", "")]
-    for path in sorted(PACKAGE.rglob("*.py"), key=_tree_order):
-        inside = path.relative_to(PACKAGE)
-        indent = "  " * len(inside.parts)
-        if path.name == "__init__.py":
-            rows.append((indent[2:], f"{path.parent.name}/", _first_clauses(path)))
-        else:
-            rows.append((indent, path.stem, _first_clauses(path)))
-    rows[0:2] = [("", "llmkit/", "")]
-    width = max(len(indent + name) for indent, name, _ in rows)
-    return "".join(f"{indent + name:<{width}}  {text}".rstrip() + "\n" for indent, name, text in rows)
+    """src/llmkit as text: what lies on top with the first clause of its docstring, packages with their modules' names."""
+    rows = [("llmkit/", "")]
+    for path in sorted(PACKAGE.iterdir()):
+        if path.suffix == ".py" and path.name != "__init__.py":
+            rows.append((f"  {path.stem}", _first_clauses(path)))
+        elif (path / "__init__.py").is_file():
+            rows += [(f"  {path.name}/", _first_clauses(path / "__init__.py")), ("", _names(path))]
+            inner = [folder for folder in sorted(path.iterdir()) if (folder / "__init__.py").is_file()]
+            rows += [("", f"{folder.name}/ {_names(folder)}") for folder in inner]
+    width = max(len(name) for name, _ in rows)
+    return "".join(f"{name:<{width}}  {text}".rstrip() + "\n" for name, text in rows)
 
 
-def _tree_order(path: Path) -> tuple[str, ...]:
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    return tuple("" if part == "__init__" else part for part in parts)
+def _names(package: Path) -> str:
+    return " ".join(sorted(path.stem for path in package.glob("*.py") if path.name != "__init__.py"))
 
 
 def _first_clauses(path: Path) -> str:

@@ -255,6 +255,24 @@ def test_unknown_type(cli: Cli, model: Path) -> None:
     refused(cli("quantize", model, "Q4_0", "--tensor-type", "ffn_down"), "REGEX=TYPE")
 
 
+@pytest.mark.parametrize("kind", ["Q8_K", "Q8_1", "I8", "F64"])
+@pytest.mark.parametrize("option", ["--output-type", "--embedding-type", "--tensor-type=ffn_down"])
+def test_types_no_weights_can_have(
+    option: str, kind: str, cli: Cli, tiny_checkpoint: TinyCheckpoint, out: Path
+) -> None:
+    """Types that only exist inside the engine, or for other things than weights: its kernels abort on them."""
+    wanted = [f"{option}={kind}"]
+    refused(cli("quantize", tiny_checkpoint("llama", width=256), "Q4_0", "--out", out, *wanted), kind)
+    assert not list(out.iterdir())
+
+
+@pytest.mark.parametrize("option", ["--output-type=IQ2_XXS", "--embedding-type=IQ1_S", "--tensor-type=ffn_down=IQ2_XS"])
+def test_types_that_need_importance(option: str, cli: Cli, tiny_checkpoint: TinyCheckpoint, out: Path) -> None:
+    folder = tiny_checkpoint("llama", width=256)
+    refused(cli("quantize", folder, "Q4_0", "--out", out, option), "importance matrix", "--imatrix")
+    assert not list(out.iterdir())
+
+
 def test_quant_without_importance(cli: Cli, tiny_checkpoint: TinyCheckpoint, out: Path) -> None:
     folder = tiny_checkpoint("llama", width=256)
     refused(cli("quantize", folder, "IQ2_XXS", "Q8_0", "--out", out), "IQ2_XXS needs an importance matrix", "--imatrix")

@@ -20,7 +20,7 @@ import pytest
 from conftest import Cli, TinyCheckpoint, cli_environment
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
-QUANTS = ("IQ4_XS", "IQ4_NL")  # slow kernels: ten seconds of work from a small model
+QUANTS = ("IQ4_XS",)  # a slow kernel: seconds of work from a small model
 PATIENCE = 60.0
 
 
@@ -73,8 +73,8 @@ def leftovers(folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def source(tiny_checkpoint: TinyCheckpoint) -> Path:
-    """40 million weights: seconds of quantizing."""
-    return tiny_checkpoint("llama", width=1024, layers=4)
+    """20 million weights: seconds of quantizing."""
+    return tiny_checkpoint("llama", width=1024, layers=2)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_ctrl_c_while_writing(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("delay", [0.02, 0.1, 0.3, 0.6, 1.0, 1.5, 2.2, 3.0])
+@pytest.mark.parametrize("delay", [0.02, 0.1, 0.3, 0.6, 1.0, 1.5, 2.5])
 def test_ctrl_c_at_any_moment(
     delay: float, source: Path, undisturbed: tuple[dict[str, bytes], float], cli: Cli, tmp_path: Path
 ) -> None:
@@ -146,11 +146,11 @@ def test_ctrl_c_while_converting(smollm2_folder: Path, cli: Cli, tmp_path: Path)
 def test_kill_again_and_again(
     source: Path, undisturbed: tuple[dict[str, bytes], float], cli: Cli, tmp_path: Path
 ) -> None:
-    """A dozen kills at random moments of one job; each rerun goes on, none leaves a broken file under a final name."""
+    """Kills at random moments of one job; each rerun goes on, none leaves a broken file under a final name."""
     whole, seconds = undisturbed
     chance = random.Random(3)
     command = ("quantize", source, *QUANTS, "--out", tmp_path, "--threads", 1)
-    for _ in range(12):
+    for _ in range(8):
         with running(*command) as process:
             time.sleep(chance.uniform(0.05, 0.6 * seconds))
             hit(process, signal.SIGKILL)
@@ -165,7 +165,7 @@ def test_kill_after_a_journal_entry_is_resumed(
     source: Path, undisturbed: tuple[dict[str, bytes], float], cli: Cli, tmp_path: Path
 ) -> None:
     whole, _ = undisturbed
-    command = ("quantize", source, *QUANTS, "--out", tmp_path, "--threads", 1)
+    command = ("quantize", source, "IQ4_XS", "IQ4_NL", "IQ3_S", "--out", tmp_path, "--threads", 1)
     with running(*command) as process:
         end = time.monotonic() + PATIENCE
         while not journal_lines(tmp_path) and process.poll() is None and time.monotonic() < end:
@@ -174,8 +174,9 @@ def test_kill_after_a_journal_entry_is_resumed(
     assert not finals(tmp_path) and journal_lines(tmp_path) > 0
     again = cli(*command, "--json", timeout=300)
     assert again.returncode == 0 and "resumed" in again.stderr
-    assert all(row["resumed_tensors"] > 0 for row in json.loads(again.stdout))
-    assert finals(tmp_path) == whole and not leftovers(tmp_path)
+    assert any(row["resumed_tensors"] > 0 for row in json.loads(again.stdout))
+    assert len(finals(tmp_path)) == 3 and not leftovers(tmp_path)
+    assert whole.items() <= finals(tmp_path).items()
 
 
 @pytest.mark.slow

@@ -5,13 +5,12 @@ from __future__ import annotations
 import base64
 import copy
 import json
+import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 import tokenizers_material as material
@@ -572,11 +571,11 @@ def test_added_tokens_of_other_files_are_checked(tmp_path: Path) -> None:
             read(tmp_path)
 
 
-JUNK = st.recursive(
-    st.none() | st.booleans() | st.integers(-5, 300) | st.text(max_size=4) | st.sampled_from(["BPE", "ByteLevel", "▁"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
-    max_leaves=6,
-)
+JUNK: tuple[Any, ...] = (
+    None, True, -1, 0, 7, 1 << 70, 1.5, "", "x", "▁", "BPE", "ByteLevel", "\ud800", [], {}, [[]], {"a": 1}, ["a"],
+    [["a", "b"]],
+)  # fmt: skip
+MANY = [400, pytest.param(3000, marks=pytest.mark.slow)]
 
 
 def spots(value: Any) -> list[tuple[Any, Any]]:
@@ -589,23 +588,51 @@ def spots(value: Any) -> list[tuple[Any, Any]]:
     return found
 
 
-@settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
-)
-@given(data=st.data())
-def test_junk_anywhere_raises_only_our_errors(data: st.DataObject, tmp_path: Path) -> None:
-    document = data.draw(st.sampled_from([byte_level, pieces]))()
-    config: Json = {**NAMED, "add_bos_token": True, "chat_template": [{"name": "default", "template": "x"}]}
-    for token in document["added_tokens"]:
-        token["normalized"] = True  # so that the package tokenizers, which panics on some junk, is not asked
-    document["post_processor"] = data.draw(st.sampled_from([template("<s>", "A", "</s>"), ROBERTA]))
-    whole = copy.deepcopy({"document": document, "config": config})  # what is drawn must not be changed
-    for _ in range(data.draw(st.integers(1, 3))):
-        places = spots(whole["document"]) + spots(whole["config"])
-        container, key = data.draw(st.sampled_from(places))
-        container[key] = copy.deepcopy(data.draw(JUNK))
-    folder(tmp_path, whole["document"], whole["config"])
-    try:
-        read(tmp_path, {"vocab_size": 300}, pre="gpt-2")
-    except LlmkitError as error:
-        assert error.message
+@pytest.mark.parametrize("count", MANY)
+def test_junk_anywhere_raises_only_our_errors(count: int, tmp_path: Path) -> None:
+    chance = random.Random(count)
+    model = material.sentencepiece_model(PIECES)
+    outcomes = {True: 0, False: 0}
+    for _ in range(count):
+        processors = (template("<s>", "A", "</s>"), ROBERTA, {"type": "Sequence", "processors": [template("<s>", "A")]})
+        parts: Json = {
+            "tokenizer.json": {**chance.choice((byte_level, pieces))(), "post_processor": chance.choice(processors)},
+            "tokenizer_config.json": {
+                **NAMED, "add_bos_token": True, "added_tokens_decoder": {"7": added(7, "q")},
+                "chat_template": [{"name": "default", "template": "x"}],
+            },
+            "config": {"vocab_size": 300, "eos_token_id": [5, 6], "pad_token_id": 4},
+        }  # fmt: skip
+        parts = copy.deepcopy(parts)
+        for _ in range(chance.randrange(1, 4)):
+            container, key = chance.choice([spot for part in parts.values() for spot in spots(part)])
+            container[key] = copy.deepcopy(chance.choice(JUNK))
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (tmp_path / name).write_text(json.dumps(parts[name]), "utf-8")
+        (tmp_path / "tokenizer.model").write_bytes(model if chance.random() < 0.3 else b"")
+        try:
+            read(tmp_path, parts["config"], pre=chance.choice((None, "gpt-2")))
+            outcomes[True] += 1
+        except LlmkitError as error:
+            assert error.message
+            outcomes[False] += 1
+    assert min(outcomes.values()) > count / 10, outcomes
+
+
+@pytest.mark.parametrize("count", MANY)
+def test_flipped_bytes_in_tokenizer_model_raise_only_our_errors(count: int, tmp_path: Path) -> None:
+    chance = random.Random(count)
+    path = tmp_path / "tokenizer.model"
+    whole = material.sentencepiece_model(PIECES)
+    refused = 0
+    for _ in range(count):
+        data = bytearray(whole)
+        for _ in range(chance.randrange(1, 6)):
+            data[chance.randrange(len(data))] = chance.randrange(256)
+        path.write_bytes(data)
+        try:
+            sentencepiece_model.read(path)
+        except LlmkitError as error:
+            assert str(path) in error.message
+            refused += 1
+    assert refused > count / 3

@@ -1,4 +1,4 @@
-"""Tensor types (Q4_K: 256 weights in 144 bytes) and file types (Q4_K_M: a mix of tensor types), one row each.
+"""Tensor types (Q4_K is 256 weights in 144 bytes) and file types (Q4_K_M is a mix of tensor types), one row each.
 
 Facts from llama.cpp: ggml/include/ggml.h (ids), ggml/src/ggml-common.h (blocks), include/llama.h (file types).
 Which tensor gets which type in a mix is not here: the engine is asked (quantize/oracle.py).

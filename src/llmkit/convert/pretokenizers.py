@@ -239,7 +239,7 @@ def _normalizers(step: Any) -> list[str]:
 
 def probe_hash(path: Path) -> str:
     """sha256 of the ids that the tokenizer.json at `path` gives for PROBE. Raises InvalidModel, MissingDependency."""
-    ids = load(path).encode(PROBE, add_special_tokens=False).ids
+    ids = encode(load(path), PROBE, path)
     return hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()
 
 
@@ -253,3 +253,11 @@ def load(path: Path) -> Any:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the package raises nothing more precise
         raise InvalidModel(f"{path}: the package 'tokenizers' cannot read it: {error}") from error
+
+
+def encode(tokenizer: Any, text: str, path: Path) -> list[int]:
+    """Ids of `text`, no special tokens added, from `tokenizer`, loaded from `path`. Raises InvalidModel."""
+    try:
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+    except Exception as error:  # the package raises nothing more precise
+        raise InvalidModel(f"{path}: the package 'tokenizers' cannot use it: {error}") from error

@@ -27,6 +27,7 @@ from ..quants import F32, TENSOR_TYPES, TensorType
 from .child import run_in_child
 from .library import load
 
+_EVALUATE = "llmkit.engine.probe:evaluate"
 _TIMEOUT = 60.0
 _FORMAT = 1  # of the remembered file; raise it when the probe tests more
 _WIDTH, _VOCAB, _LAYERS = 256, 256, 3
@@ -128,16 +129,21 @@ def _probe(build: str, cpu: str) -> Verdict:
         for attempt in _ATTEMPTS:
             try:
                 run_in_child(
-                    function="llmkit.engine.probe:evaluate",
+                    function=_EVALUATE,
                     arguments={"path": str(path), "model_params": attempt},
                     timeout=_TIMEOUT,
                 )
             except EngineError as error:
-                failures.append(f"with {attempt or 'the usual settings'}: {error.message}")
+                reason = error.message.partition("\n")[0].removeprefix(f"{_EVALUATE}: ")
+                failures.append(f"with {_words(attempt)} {reason}")
                 continue
             found = failures[0] if failures else "the usual settings work"
             return Verdict(build, cpu, attempt, found, time.strftime("%Y-%m-%d"))
     raise EngineError("the engine does not run on this CPU:\n  " + "\n  ".join(failures), REBUILD)
+
+
+def _words(attempt: Mapping[str, bool]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in attempt.items()) or "the usual settings"
 
 
 def _write_tiny_model(path: Path) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from .. import pretokenizers
-from .tokenizer_json import TokenizerJson
+from .tokenizer_json import AddedToken, TokenizerJson
 from .tokens import Token, added
 
 _SPACE = chr(ord(" ") + 256)  # how byte-level BPE writes a space
@@ -22,7 +23,7 @@ def tokens(source: TokenizerJson) -> dict[int, Token]:
     rows = {number: Token(text) for text, number in source.vocab.items()}
     tokenizer = pretokenizers.load(source.path) if any(not token.normalized for token in source.added) else None
     for token in source.added:
-        text = token.content if token.normalized else _as_written(tokenizer, token.content, token.id)
+        text = token.content if token.normalized else _as_written(tokenizer, token, source.path)
         rows[token.id] = added(text, token.special)
     return rows
 
@@ -32,12 +33,12 @@ def merges(source: TokenizerJson) -> Iterable[str]:
     return (f"{left.replace(' ', _SPACE)} {right.replace(' ', _SPACE)}" for left, right in source.merges)
 
 
-def _as_written(tokenizer: Any, content: str, number: int) -> str:
+def _as_written(tokenizer: Any, token: AddedToken, path: Path) -> str:
     """How an added token that skips the normalizer looks in a text: what it decodes to, if that encodes back."""
-    if tokenizer.token_to_id(content) != number:
-        return content
-    text = str(tokenizer.decode([number], skip_special_tokens=False))
-    return text if text and tokenizer.encode(text, add_special_tokens=False).ids == [number] else content
+    if tokenizer.token_to_id(token.content) != token.id:
+        return token.content
+    text = str(tokenizer.decode([token.id], skip_special_tokens=False))
+    return text if text and pretokenizers.encode(tokenizer, text, path) == [token.id] else token.content
 
 
 def _kinds(step: Any) -> list[str]:
@@ -45,4 +46,5 @@ def _kinds(step: Any) -> list[str]:
     if not isinstance(step, dict):
         return []
     inner = step.get("decoders")
-    return [str(step.get("type")), *(kind for child in inner or () for kind in _kinds(child))]
+    children = inner if isinstance(inner, list) else []
+    return [str(step.get("type")), *(kind for child in children for kind in _kinds(child))]
