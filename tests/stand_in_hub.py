@@ -56,7 +56,8 @@ class _Handler(BaseHTTPRequestHandler):
             file = folder.joinpath(*words[4:])
             if file.is_file() and folder in file.parents:
                 return self._file(folder, file)
-        self._send(b'{"error": "not found"}', 404, {"X-Error-Code": "EntryNotFound" if "resolve" in words else "RepoNotFound"})
+        code = "EntryNotFound" if "resolve" in words else "RepoNotFound"
+        self._send(b'{"error": "not found"}', 404, {"X-Error-Code": code})
 
     def _info(self, folder: Path) -> dict[str, Any]:
         siblings = [{"rfilename": path.relative_to(folder).as_posix()} for path in _files(folder)]
@@ -65,10 +66,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _tree(self, folder: Path) -> list[dict[str, Any]]:
         rows = []
         for path in _files(folder):
-            row: dict[str, Any] = {"type": "file", "path": path.relative_to(folder).as_posix(), "size": path.stat().st_size}
-            row["oid"] = _etag(path)
+            name, size, etag = path.relative_to(folder).as_posix(), path.stat().st_size, _etag(path)
+            row: dict[str, Any] = {"type": "file", "path": name, "size": size, "oid": etag}
             if path.suffix in LFS_SUFFIXES:
-                row["lfs"] = {"oid": _etag(path), "size": path.stat().st_size, "pointerSize": 134}
+                row["lfs"] = {"oid": etag, "size": size, "pointerSize": 134}
             rows.append(row)
         return rows
 

@@ -319,7 +319,7 @@ TREE = re.compile(r"(?<=```text\n)llmkit/\n.*?(?=```)", re.DOTALL)
 
 
 def source_tree() -> str:
-    """src/llmkit as text: what lies on top with the first clause of its docstring, packages with their modules' names."""
+    """src/llmkit as text: what lies on top with a clause of its docstring, packages with their modules' names."""
     rows = [("llmkit/", "")]
     for path in sorted(PACKAGE.iterdir()):
         if path.suffix == ".py" and path.name != "__init__.py":

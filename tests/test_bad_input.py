@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from conftest import Cli, GgufOf, TinyCheckpoint, cli_environment
+from llmkit import gguf
 
 
 def refused(done: subprocess.CompletedProcess[str], *expected: str) -> None:
@@ -271,6 +272,24 @@ def test_types_that_need_importance(option: str, cli: Cli, tiny_checkpoint: Tiny
     folder = tiny_checkpoint("llama", width=256)
     refused(cli("quantize", folder, "Q4_0", "--out", out, option), "importance matrix", "--imatrix")
     assert not list(out.iterdir())
+
+
+def test_importance_that_lacks_the_embedding(
+    cli: Cli, tiny_checkpoint: TinyCheckpoint, gguf_of: GgufOf, out: Path, tmp_path: Path
+) -> None:
+    """No importance matrix has the embedding: --pure must not hand it to a kernel that aborts without."""
+    folder, path, rows = tiny_checkpoint("llama", width=256), tmp_path / "imatrix.dat", []
+    for name, info in gguf.read(gguf_of(folder, "bf16")).tensors.items():
+        if len(info.shape) == 2 and name != "token_embd.weight":
+            width = info.shape[1]
+            rows.append(
+                struct.pack("<i", len(name)) + name.encode() + struct.pack(f"<ii{width}f", 1, width, *[1.0] * width)
+            )
+    path.write_bytes(struct.pack("<i", len(rows)) + b"".join(rows))
+    refused(
+        cli("quantize", folder, "IQ2_XXS", "--pure", "--imatrix", path, "--out", out), "token_embd.weight", "IQ2_XXS"
+    )
+    assert cli("quantize", folder, "IQ2_XXS", "--imatrix", path, "--out", out).returncode == 0
 
 
 def test_quant_without_importance(cli: Cli, tiny_checkpoint: TinyCheckpoint, out: Path) -> None:

@@ -23,7 +23,7 @@ def check(text: str, folder: Path, stem: str) -> None:
         assert file.get("general.file_type") == ftype
         assert f"{file.path.stat().st_size / 1e6:.1f} MB" in text, "the table shows the file's size"
     assert "Paris" in text.partition("4. One question")[2], "it answers the question"
-    assert "hesitated most" in text and text.count("bits") >= 3
+    assert "most uncertain" in text and text.count(" bits ") == 3
     assert text.rstrip().count("\nllmkit ") == 3, "three commands to try next"
 
 

@@ -14,7 +14,7 @@ import stand_in_hub
 from conftest import TinyCheckpoint, cli_environment
 from llmkit import hub
 
-FETCH = "import sys; from pathlib import Path; from llmkit import hub; hub.fetch_checkpoint(sys.argv[1], Path(sys.argv[2]))"
+FETCH = "import sys, pathlib; from llmkit import hub; hub.fetch_checkpoint(sys.argv[1], pathlib.Path(sys.argv[2]))"
 
 
 def fetch(address: str, repo: str, folder: Path, home: Path) -> subprocess.CompletedProcess[str]:

@@ -110,7 +110,7 @@ def test_ctrl_c_while_writing(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("delay", [0.02, 0.1, 0.3, 0.6, 1.0, 1.5, 2.5])
+@pytest.mark.parametrize("delay", [0.1, 0.3, 0.6, 1.0, 1.5, 2.5])
 def test_ctrl_c_at_any_moment(
     delay: float, source: Path, undisturbed: tuple[dict[str, bytes], float], cli: Cli, tmp_path: Path
 ) -> None:
@@ -119,9 +119,8 @@ def test_ctrl_c_at_any_moment(
     with running(*command) as process:
         time.sleep(delay)
         code, errors = hit(process, signal.SIGINT)
-    # before Python has reached our first line the signal simply ends the process
-    assert code in (130, -signal.SIGINT), errors
-    assert delay < 0.5 or ("Interrupted" in errors and "Traceback" not in errors)
+    # until Python has reached our first line the signal simply ends it, in Python's own words
+    assert code == 130 and "Interrupted" in errors and "Traceback" not in errors or delay < 0.5 and code != 0, errors
     assert not finals(tmp_path)
     assert cli(*command, timeout=300).returncode == 0
     assert finals(tmp_path) == whole and not leftovers(tmp_path)

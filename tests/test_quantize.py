@@ -75,7 +75,8 @@ def test_output_and_embedding_type(draft: convert.GgufDraft, tmp_path: Path) -> 
 
 
 def test_output_type_of_a_tied_model_is_the_embedding_s(tied: convert.GgufDraft, tmp_path: Path) -> None:
-    assert types(tied, Recipe(quant("Q4_K_M"), output_type=tensor_type("Q8_0")), tmp_path)["token_embd.weight"] == "Q8_0"
+    found = types(tied, Recipe(quant("Q4_K_M"), output_type=tensor_type("Q8_0")), tmp_path)
+    assert found["token_embd.weight"] == "Q8_0"
 
 
 def test_ends_of_plain_files(draft: convert.GgufDraft, tmp_path: Path) -> None:

@@ -153,15 +153,16 @@ def show_step(step: Step, *, coloured: bool) -> None:
 
 
 def show_doubtful(steps: Iterable[Step], count: int = 3) -> None:
-    """Below an answer: the legend of the colours, and for the most uncertain tokens what else the model weighed."""
+    """Below an answer: the legend of the colours, and for the most uncertain tokens what it might have said instead."""
     if legend := output.probability_legend():
         output.emit(legend)
     doubtful = sorted((step for step in steps if step.alternatives), key=lambda step: -step.entropy)[:count]
     rows = []
     for step in doubtful:
-        best = [f"{_quoted(other.piece)} {math.exp(other.logprob):.0%}" for other in step.alternatives[:3]]
+        others = [other for other in step.alternatives if other.id != step.id][:3]
+        best = [f"{_quoted(other.piece)} {math.exp(other.logprob):.0%}" for other in others]
         rows.append((_quoted(step.piece), f"{math.exp(step.logprob):.0%}", f"{step.entropy:.1f} bits", ", ".join(best)))
-    output.table(("most uncertain", "probability", "entropy", "the model's best three"), rows, "lrr")
+    output.table(("most uncertain", "probability", "entropy", "it might have said"), rows, "lrr")
 
 
 def _quoted(piece: bytes) -> str:

