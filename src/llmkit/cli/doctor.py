@@ -31,7 +31,6 @@ PACKAGES = {
     "llama-cpp-python": ("0.3.36", "0.3.37"),
     "numpy": ("1.26", None),
     "tokenizers": ("0.21", None),
-    "sentencepiece": ("0.2", None),
     "huggingface_hub": ("1.0", None),
     "jinja2": ("3.1.6", None),
 }
