@@ -298,7 +298,7 @@ def test_metadata(family: str, style: int, tiny_checkpoint: TinyCheckpoint, gguf
 
 
 def same_as_converter(ours: Path, theirs: Path, family: str) -> None:
-    """The tensors of llama.cpp's converter, bit for bit. It orders them by Hugging Face's names, we as llama-quantize."""
+    """The tensors of llama.cpp's converter, bit for bit. Its order is by Hugging Face's names, ours the quantizer's."""
     mine, other = oracle.tensor_bytes(ours), oracle.tensor_bytes(theirs)
     assert mine.keys() == other.keys()
     for name, tensor in mine.items():

@@ -258,3 +258,29 @@ def test_two_runs_at_once(source: Path, cli: Cli, tmp_path: Path) -> None:
         process.communicate(timeout=PATIENCE)
         assert process.returncode == 0
     assert list(finals(tmp_path)) == [f"{source.name}-IQ4_XS.gguf"] and not leftovers(tmp_path)
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
+def test_killed_between_two_renames(split: bool, tiny_checkpoint: TinyCheckpoint, cli: Cli, tmp_path: Path) -> None:
+    """The moment when some files have their final names and others not yet, put together by hand."""
+    source = tiny_checkpoint("llama", width=256)
+    journals: dict[Path, bytes] = {}
+    quants = ("Q8_0",) if split else ("Q4_0", "Q8_0")
+    command = ("quantize", source, *quants, "--out", tmp_path, *(["--split-size", "500K"] if split else []))
+    with running(*command) as process:
+        while process.poll() is None:
+            for path in tmp_path.glob("*.journal"):
+                try:
+                    journals[path] = max(journals.get(path, b""), path.read_bytes(), key=len)
+                except FileNotFoundError:  # finished in between
+                    continue
+        assert process.returncode == 0
+    whole = finals(tmp_path)
+    assert len(whole) > 1 and journals
+    for path, content in journals.items():
+        path.write_bytes(content)
+    last = tmp_path / sorted(whole)[-1]
+    last.rename(last.with_name(f"{last.name}.partial"))
+    again = cli(*command)
+    assert again.returncode == 0, again.stderr
+    assert finals(tmp_path) == whole and not leftovers(tmp_path)

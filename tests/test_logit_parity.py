@@ -7,6 +7,8 @@ moves them by less than a ten-thousandth.
 from __future__ import annotations
 
 import ctypes
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ import numpy.typing as npt
 import pytest
 
 from conftest import GgufOf, TinyCheckpoint
+from llmkit import checkpoint, convert
+from llmkit.errors import LlmkitError
 
 FloatArray = npt.NDArray[np.float32]
 N_TOKENS = 64  # four times Gemma's window in these checkpoints
@@ -82,18 +86,65 @@ def engine_logits(path: Path, ids: list[int], *, swa_full: bool = False) -> Floa
         llama_cpp.llama_model_free(model)
 
 
-@pytest.mark.parametrize(("family", "options"), CASES, ids=str)
-def test_logits_equal_transformers(
-    family: str, options: dict[str, Any], tiny_checkpoint: TinyCheckpoint, gguf_of: GgufOf
-) -> None:
-    folder = tiny_checkpoint(family, **{"dtype": "f32", "layers": 7, **options})
+def compare(folder: Path, gguf: Path) -> None:
+    """Asserts that the engine's logits are transformers', on logits that could tell."""
     ids = np.random.default_rng(1).integers(3, 500, N_TOKENS).tolist()
     expected = transformers_logits(folder, ids)
     span = float(expected.max() - expected.min())
-    assert span > 10 and len(set(expected.argmax(1))) > N_TOKENS // 4, "these logits could not show a difference"
-    found = engine_logits(gguf_of(folder, "f32"), ids)
+    assert len(set(expected.argmax(1))) > N_TOKENS // 4, "these logits could not show a difference"
+    found = engine_logits(gguf, ids)
     # rows beyond the tokenizer are trimmed by some families: no token, no logit
     assert found.shape[1] <= expected.shape[1] and found.shape[1] >= 500
     expected = expected[:, : found.shape[1]]
     assert np.abs(found - expected).max() <= TOLERANCE * span
     assert (found.argmax(1) == expected.argmax(1)).all()
+
+
+@pytest.mark.parametrize(("family", "options"), CASES, ids=str)
+def test_logits_equal_transformers(
+    family: str, options: dict[str, Any], tiny_checkpoint: TinyCheckpoint, gguf_of: GgufOf
+) -> None:
+    folder = tiny_checkpoint(family, **{"dtype": "f32", "layers": 7, **options})
+    compare(folder, gguf_of(folder, "f32"))
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+GONE = ("rope_theta", "rope_scaling", "rope_local_base_freq", "rms_norm_eps", "hidden_act", "hidden_activation",
+        "tie_word_embeddings", "layer_types", "sliding_window_pattern", "attention_bias", "mlp_bias")  # fmt: skip
+SETTINGS: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {"rope_scaling": YARN, "max_position_embeddings": 64}),
+    ("qwen2", {"rope_scaling": YARN, "max_position_embeddings": 64}),
+    ("llama", {"rope_scaling": {"type": "linear", "factor": 4.0}}),
+    ("llama", {"rms_norm_eps": 0.05}),
+    ("mistral", {"sliding_window": 4096}),
+    ("gemma3", {"rms_norm_eps": 0.05}),
+    ("gemma3", {"rope_scaling": None}),
+    ("gemma3", {"final_logit_softcapping": 20.0}),
+    ("gemma3", {"layer_types": ["full_attention", "sliding_attention"] * 3 + ["full_attention"]}),
+    ("gemma3", {"layer_types": ..., "sliding_window_pattern": 2}),
+    *((family, dict.fromkeys(GONE, ...)) for family in ("llama", "smollm", "qwen3", "gemma3")),
+]
+
+
+@pytest.mark.parametrize(("family", "values"), SETTINGS, ids=str)
+def test_settings(
+    family: str, values: dict[str, Any], tiny_checkpoint: TinyCheckpoint, gguf_of: GgufOf, tmp_path: Path
+) -> None:
+    """Other values in config.json, and none at all (...), where transformers has a default of its own."""
+    untied = "tie_word_embeddings" in values and family != "gemma3"  # without the key, transformers takes it for untied
+    tied = False if untied else None
+    folder = shutil.copytree(tiny_checkpoint(family, dtype="f32", layers=7, tied=tied), tmp_path / f"tiny-{family}")
+    config = json.loads((folder / "config.json").read_text()) | values
+    kept = {key: value for key, value in config.items() if value is not ...}
+    (folder / "config.json").write_text(json.dumps(kept))
+    compare(folder, gguf_of(folder, "f32"))
+
+
+def test_llama3_scaling_without_its_original_context(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    """transformers then takes max_position_embeddings, llama.cpp 8192: nobody knows what the model was trained with."""
+    folder = shutil.copytree(tiny_checkpoint("llama3"), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    del config["rope_scaling"]["original_max_position_embeddings"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(LlmkitError, match="original_max_position_embeddings"):
+        convert.from_checkpoint(checkpoint.read(folder))

@@ -14,7 +14,6 @@ from llmkit import convert, engine, gguf, quantize
 from llmkit.errors import EngineError, LlmkitError, OutputExists, Unsupported
 from llmkit.progress import Progress
 from llmkit.quantize import Recipe, parse_tensor_type
-from llmkit.quantize.journal import journal_path
 from llmkit.quants import QUANTS, TENSOR_TYPES, TENSOR_TYPES_BY_ID, quant, tensor_type
 from llmkit.store import partial_path
 
@@ -210,7 +209,7 @@ def test_resumed_file_is_the_same_file(draft: convert.GgufDraft, tmp_path: Path)
 def test_damaged_journal(damage: str, draft: convert.GgufDraft, tmp_path: Path) -> None:
     planned = quantize.plan(draft, [Recipe(quant("Q4_0"))], tmp_path)
     interrupted(planned, 0.5)
-    path = journal_path(planned.outputs[0])
+    path = planned.outputs[0].journal_path
     lines = path.read_text().splitlines(keepends=True)
     names = [json.loads(line) for line in lines[1:]]
     assert names and set(names) <= set(planned.outputs[0].types)

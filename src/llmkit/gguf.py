@@ -136,7 +136,7 @@ def _check_magic(path: Path, start: bytes) -> None:
 def _parse(path: Path, view: mmap.mmap) -> GgufFile:
     cursor = Cursor(view, str(path), 4)
     version = cursor.u32("version")
-    if version & 0xFFFF == 0:
+    if version and version & 0xFFFF == 0:
         raise InvalidModel(
             f"{path}: is a big-endian GGUF file",
             "llmkit reads little-endian ones: convert it with gguf-convert-endian.",

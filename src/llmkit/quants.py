@@ -14,13 +14,17 @@ from .errors import Unsupported, nearest_hint
 
 @dataclass(frozen=True)
 class TensorType:
-    """A storage type: `block` weights in `nbytes` bytes. `ggml_id` is its number in GGUF files."""
+    """A storage type: `block` weights in `nbytes` bytes. `ggml_id` is its number in GGUF files.
+
+    `makeable`: the engine has a kernel that writes it (ggml_quantize_chunk in ggml/src/ggml.c); others are read only.
+    """
 
     name: str
     ggml_id: int
     block: int
     nbytes: int
     quantized: bool = True
+    makeable: bool = True
 
     @property
     def bits_per_weight(self) -> Fraction:
@@ -42,13 +46,13 @@ _TENSOR_TYPES = (
     TensorType("Q5_0", 6, 32, 2 + 4 + 16),
     TensorType("Q5_1", 7, 32, 2 + 2 + 4 + 16),
     TensorType("Q8_0", 8, 32, 2 + 32),
-    TensorType("Q8_1", 9, 32, 2 + 2 + 32),
+    TensorType("Q8_1", 9, 32, 2 + 2 + 32, makeable=False),
     TensorType("Q2_K", 10, 256, 16 + 64 + 2 + 2),
     TensorType("Q3_K", 11, 256, 32 + 64 + 12 + 2),
     TensorType("Q4_K", 12, 256, 2 + 2 + 12 + 128),
     TensorType("Q5_K", 13, 256, 2 + 2 + 12 + 32 + 128),
     TensorType("Q6_K", 14, 256, 128 + 64 + 16 + 2),
-    TensorType("Q8_K", 15, 256, 4 + 256 + 32),
+    TensorType("Q8_K", 15, 256, 4 + 256 + 32, makeable=False),
     TensorType("IQ2_XXS", 16, 256, 2 + 64),
     TensorType("IQ2_XS", 17, 256, 2 + 64 + 8),
     TensorType("IQ3_XXS", 18, 256, 2 + 96),
@@ -57,11 +61,11 @@ _TENSOR_TYPES = (
     TensorType("IQ3_S", 21, 256, 2 + 64 + 8 + 32 + 4),
     TensorType("IQ2_S", 22, 256, 2 + 64 + 8 + 8),
     TensorType("IQ4_XS", 23, 256, 2 + 2 + 4 + 128),
-    TensorType("I8", 24, 1, 1, quantized=False),
-    TensorType("I16", 25, 1, 2, quantized=False),
-    TensorType("I32", 26, 1, 4, quantized=False),
-    TensorType("I64", 27, 1, 8, quantized=False),
-    TensorType("F64", 28, 1, 8, quantized=False),
+    TensorType("I8", 24, 1, 1, quantized=False, makeable=False),
+    TensorType("I16", 25, 1, 2, quantized=False, makeable=False),
+    TensorType("I32", 26, 1, 4, quantized=False, makeable=False),
+    TensorType("I64", 27, 1, 8, quantized=False, makeable=False),
+    TensorType("F64", 28, 1, 8, quantized=False, makeable=False),
     TensorType("IQ1_M", 29, 256, 32 + 16 + 8),
     TensorType("BF16", 30, 1, 2, quantized=False),
     TensorType("TQ1_0", 34, 256, 2 + 48 + 4),
@@ -78,10 +82,12 @@ F32, F16, BF16 = TENSOR_TYPES["F32"], TENSOR_TYPES["F16"], TENSOR_TYPES["BF16"]
 
 
 def tensor_type(name: str) -> TensorType:
-    """The row named `name` (any case). Raises Unsupported with the nearest names."""
-    if found := TENSOR_TYPES.get(name.upper()):
+    """The type named `name` (any case) that weights can be written in. Raises Unsupported with the nearest names."""
+    makeable = {row.name: row for row in _TENSOR_TYPES if row.makeable}
+    if found := makeable.get(name.upper()):
         return found
-    raise Unsupported(f"unknown tensor type '{name}'", nearest_hint(name, TENSOR_TYPES))
+    what = "cannot be written" if name.upper() in TENSOR_TYPES else "is unknown"
+    raise Unsupported(f"tensor type '{name}' {what}", nearest_hint(name, makeable))
 
 
 @dataclass(frozen=True)

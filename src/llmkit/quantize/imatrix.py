@@ -14,13 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from .. import gguf
+from .. import engine, gguf
 from ..convert.tensors import LazyTensor, from_info
-from ..errors import InvalidModel, ModelNotFound
+from ..errors import InvalidModel, LlmkitError, ModelNotFound
 from ..gguf import Value
 from ..quants import TensorType
 
 Importance = np.ndarray[Any, np.dtype[np.float32]]
+HOW_TO_GET_ONE = (
+    "Get one that was published with the model (imatrix.gguf or imatrix.dat), or make one with llama.cpp's"
+    " llama-imatrix, and give it with --imatrix FILE. Or choose a quant that needs none, such as Q2_K."
+)
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 # Types the engine refuses to make without importance, and the tensors it exempts from that (src/llama-quant.cpp).
 _DEMANDING = {"IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_M", "IQ1_S"}
@@ -61,15 +65,26 @@ class Imatrix:
             )
         return found.reshape(matrices, tensor.width)
 
-    def require(self, tensors: Sequence[LazyTensor], types: dict[str, TensorType]) -> None:
-        """Raise InvalidModel unless every tensor that must have importance has it, of the right size."""
-        for tensor in tensors:
-            kind = types[tensor.name].name
-            if self.of(tensor) is None and kind in _DEMANDING and tensor.name not in _EXEMPT:
-                raise InvalidModel(
-                    f"{self.path}: holds nothing for '{tensor.name}', which {kind} cannot do without",
-                    "Make the importance matrix from this model, or choose a larger quant.",
-                )
+
+def require(imatrix: Imatrix | None, tensors: Sequence[LazyTensor], types: dict[str, TensorType]) -> None:
+    """Raise LlmkitError unless every tensor whose type demands importance has it, of the right size."""
+    for tensor in tensors:
+        kind = types[tensor.name]
+        if (imatrix.of(tensor) if imatrix else None) is not None or not _demands(kind, tensor.name):
+            continue
+        if imatrix is None:
+            raise LlmkitError(f"'{tensor.name}' in {kind.name} needs an importance matrix", HOW_TO_GET_ONE)
+        raise InvalidModel(
+            f"{imatrix.path}: holds nothing for '{tensor.name}', which {kind.name} cannot do without",
+            "Make the importance matrix from this model, or choose a larger type for this tensor.",
+        )
+
+
+def _demands(kind: TensorType, name: str) -> bool:
+    """Some kernels abort without importance, whatever the tensor; for more types the engine's quantizer insists."""
+    if kind.quantized and engine.load().requires_imatrix(kind.ggml_id):
+        return True
+    return kind.name in _DEMANDING and name not in _EXEMPT
 
 
 def _cut(text: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import LlmkitError
 from ..store import partial_path
-from .plan import FilePlan, OutputPlan
+from .plan import FilePlan, OutputPlan, is_made
 
 
 class Journal:
@@ -51,14 +51,9 @@ class Journal:
         self._file.close()
 
 
-def journal_path(output: OutputPlan) -> Path:
-    """Beside the first partial file."""
-    return output.path.with_name(output.path.name + ".journal")
-
-
 def open_journal(output: OutputPlan) -> Journal:
     """Open or begin the output's journal. Raises LlmkitError when another run is writing the same output."""
-    path = journal_path(output)
+    path = output.journal_path
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     file = os.fdopen(descriptor, "r+b")
     if not _lock(descriptor):
@@ -67,7 +62,7 @@ def open_journal(output: OutputPlan) -> Journal:
     header = _header(output)
     first, *rest = file.read().split(b"\n")
     journal = Journal(path, file, set())
-    if first + b"\n" != header or not all(_is_sized(part) for part in output.files):
+    if first + b"\n" != header or not all(_is_kept(part) for part in output.files):
         journal.restart(header)
         return journal
     complete = rest[:-1]  # after the last newline stands nothing, or a line cut short
@@ -96,9 +91,13 @@ def _header(output: OutputPlan) -> bytes:
     return json.dumps({"plan": output.fingerprint, "sources": sources}).encode() + b"\n"
 
 
-def _is_sized(part: FilePlan) -> bool:
+def _is_kept(part: FilePlan) -> bool:
+    """Whether the part's data is there; a run killed between two renames left some parts under their final names."""
+    partial = partial_path(part.path)
     try:
-        return partial_path(part.path).stat().st_size == part.nbytes
+        if not partial.exists() and is_made(part):
+            os.replace(part.path, partial)
+        return partial.stat().st_size == part.nbytes
     except OSError:
         return False
 

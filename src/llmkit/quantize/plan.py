@@ -17,15 +17,12 @@ from ..errors import LlmkitError, OutputExists, Unsupported
 from ..gguf import SPLIT_NAME, Value, ValueType
 from ..gguf_writer import header_bytes, padded, tensor_nbytes
 from ..quants import F16, F32, QUANTS, TENSOR_TYPES, TensorType
+from . import imatrix as importance
 from . import oracle
 from .imatrix import Imatrix
 from .recipe import Recipe
 
 CONVERSIONS = ("auto", "bf16", "f16", "f32", "q8_0")
-_NEEDS_IMATRIX = (
-    "Get one that was published with the model (imatrix.gguf or imatrix.dat), or make one with llama.cpp's"
-    " llama-imatrix, and give it with --imatrix FILE. Or choose a quant that needs none, such as Q2_K."
-)
 
 
 @dataclass(frozen=True)
@@ -53,6 +50,11 @@ class OutputPlan:
     def path(self) -> Path:
         """The file to load: the only one, or the first part."""
         return self.files[0].path
+
+    @property
+    def journal_path(self) -> Path:
+        """Where a run records what it has finished: beside the first partial file."""
+        return self.path.with_name(self.path.name + ".journal")
 
     @property
     def nbytes(self) -> int:
@@ -115,13 +117,12 @@ def plan(
     choices = oracle.ask(draft, recipes, has_imatrix=imatrix is not None)
     outputs = []
     for recipe, choice in zip(recipes, choices, strict=True):
-        if imatrix is not None:
-            imatrix.require(draft.tensors, choice.types)
-        elif choice.needs_imatrix:
+        if imatrix is None and choice.needs_imatrix:
             raise LlmkitError(
                 f"{recipe.quant.name} needs an importance matrix for this model: without one it would be useless",
-                _NEEDS_IMATRIX,
+                importance.HOW_TO_GET_ONE,
             )
+        importance.require(imatrix, draft.tensors, choice.types)
         metadata = _quantized_metadata(draft, recipe, imatrix)
         base = file or folder / f"{draft.name}-{recipe.quant.name}.gguf"
         used = imatrix if any(kind.quantized for kind in choice.types.values()) else None
@@ -244,36 +245,37 @@ def _file(
     return FilePlan(path, header, places, end)
 
 
-def is_made(output: OutputPlan) -> bool:
-    """Whether the output's files are there already, made from this source by this recipe: same headers, same sizes."""
-    for file in output.files:
-        try:
-            with open(file.path, "rb") as existing:
-                if file.path.stat().st_size != file.nbytes or existing.read(len(file.header)) != file.header:
-                    return False
-        except OSError:
-            return False
-    return True
+def is_made(file: FilePlan) -> bool:
+    """Whether the file is there already, made from this source by this recipe: same header, same size."""
+    try:
+        with open(file.path, "rb") as existing:
+            return file.path.stat().st_size == file.nbytes and existing.read(len(file.header)) == file.header
+    except OSError:
+        return False
 
 
 def check_outputs(planned: Plan, *, force: bool) -> Plan:
     """The plan without what is made already. Raises OutputExists, NotEnoughRoom, AccessDenied: before any work."""
-    left = planned.outputs if force else tuple(output for output in planned.outputs if not is_made(output))
-    for output in left:
-        for file in output.files:
-            if file.path.is_dir():
-                raise OutputExists(f"{file.path}: is a folder", "Choose another name with --out.")
-            if file.path.exists() and not force:
-                raise OutputExists(
-                    f"{file.path}: exists and is something else", "Add --force to replace it, or choose another --out."
-                )
-            if file.path in planned.draft.paths:
-                raise OutputExists(f"{file.path}: is the file being read", "Choose another folder with --out.")
+    left = []
+    for output in planned.outputs:
+        made = not force and all(map(is_made, output.files))
+        if made:
+            output.journal_path.unlink(missing_ok=True)  # a run that was killed at its last step may have left it
+        else:
+            left.append(output)
+    for file in (file for output in left for file in output.files):
+        if file.path.is_dir():
+            raise OutputExists(f"{file.path}: is a folder", "Choose another name with --out.")
+        if file.path in planned.draft.paths:
+            raise OutputExists(f"{file.path}: is the file being read", "Choose another folder with --out.")
+        if not force and file.path.exists() and not is_made(file):
+            hint = "Add --force to replace it, or choose another --out."
+            raise OutputExists(f"{file.path}: exists and is something else", hint)
     for folder in {output.path.parent for output in left}:
         store.make_folder(folder)
         here = [file for output in left for file in output.files if file.path.parent == folder]
         store.require_room(folder, sum(file.nbytes - _allocated(store.partial_path(file.path)) for file in here))
-    return Plan(planned.draft, left)
+    return Plan(planned.draft, tuple(left))
 
 
 def _allocated(path: Path) -> int:

@@ -58,9 +58,8 @@ def _rope_freqs(config: Config) -> tuple[LazyTensor, ...]:
     if rope.type != "llama3":
         return ()
     settings = Config(rope.settings, config.path)
-    low = settings.number("low_freq_factor", default=1.0, kind=float)
-    high = settings.number("high_freq_factor", default=4.0, kind=float)
-    original = settings.number("original_max_position_embeddings", default=8192)
+    low, high = (settings.number(f"{end}_freq_factor", kind=float) for end in ("low", "high"))
+    original = settings.number("original_max_position_embeddings")
     dims = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     wavelength = 2 * pi * np.float32(rope.theta).astype(np.float64) ** dims.astype(np.float64)
     smooth = np.clip((original / wavelength - low) / (high - low), 0, 1)
