@@ -54,7 +54,8 @@ def assert_same_tensors(ours: Path, theirs: Path) -> None:
         for name, info in mine.items():
             truth = other[name]
             assert (info.type, info.shape) == (truth.type, truth.shape), name
-            same = my_bytes[info.offset : info.offset + info.nbytes] == other_bytes[truth.offset :][: truth.nbytes]
+            expected = other_bytes[truth.offset : truth.offset + truth.nbytes]
+            same = my_bytes[info.offset : info.offset + info.nbytes] == expected
             assert same, f"{ours.name}: {name} ({info.type.name}) differs"
         first, first_other = (min(info.offset for info in tensors.values()) for tensors in (mine, other))
         assert len(my_bytes) - first == len(other_bytes) - first_other, "padding differs"
@@ -62,11 +63,13 @@ def assert_same_tensors(ours: Path, theirs: Path) -> None:
 
 def check_against_engine(source: Path, plain: Path, out: Path, names: tuple[str, ...]) -> None:
     """Our quants of `source` equal llama_model_quantize's of `plain`; files are deleted once compared."""
-    for name, ours in quantize_ours(source, out, names).items():
-        theirs = oracle.reference_quantize(plain, out / f"reference-{name}.gguf", name)
-        assert_same_tensors(ours, theirs)
+    made = quantize_ours(source, out, names)
+    references = {name: out / f"reference-{name}.gguf" for name in names}
+    oracle.reference_quantize_all(plain, references, n_threads=2)
+    for name, ours in made.items():
+        assert_same_tensors(ours, references[name])
         ours.unlink()
-        theirs.unlink()
+        references[name].unlink()
 
 
 # --- bytes -----------------------------------------------------------------------------------------------------------
@@ -75,11 +78,7 @@ def check_against_engine(source: Path, plain: Path, out: Path, names: tuple[str,
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_usual_quants(family: str, tiny_checkpoint: TinyCheckpoint, gguf_of: GgufOf, tmp_path: Path) -> None:
     folder = tiny_checkpoint(family, **WIDE)
-    ours = quantize_ours(folder, tmp_path, QUICK)
-    theirs = {name: tmp_path / f"reference-{name}.gguf" for name in QUICK}
-    oracle.reference_quantize_all(gguf_of(folder, "bf16"), theirs)
-    for name in QUICK:
-        assert_same_tensors(ours[name], theirs[name])
+    check_against_engine(folder, gguf_of(folder, "bf16"), tmp_path, QUICK)
 
 
 @pytest.mark.slow

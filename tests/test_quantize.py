@@ -230,6 +230,16 @@ def test_journal_without_its_partial_is_not_used(draft: convert.GgufDraft, tmp_p
     assert [result.resumed for result in quantize.run(planned, threads=1)] == [0]
 
 
+def test_interrupted_replacement_goes_on_too(draft: convert.GgufDraft, tmp_path: Path) -> None:
+    """The old file stands under the final name while the new one is made, and as long as that is not whole."""
+    planned = quantize.plan(draft, [Recipe(quant("Q4_0"))], tmp_path)
+    planned.outputs[0].path.write_bytes(b"old")
+    interrupted(planned, 0.5)
+    assert planned.outputs[0].path.read_bytes() == b"old"
+    assert quantize.run(planned, threads=1)[0].resumed > 0
+    assert quantize.check_outputs(planned, force=False).outputs == ()
+
+
 def test_two_runs_of_one_output(draft: convert.GgufDraft, tmp_path: Path) -> None:
     planned = quantize.plan(draft, [Recipe(quant("Q4_0"))], tmp_path)
 

@@ -27,6 +27,7 @@ from .journal import Journal, open_journal
 from .plan import OutputPlan, Plan
 
 _CHUNK_WEIGHTS = 1 << 20
+_SLOW_CHUNK_WEIGHTS = 1 << 17  # for i-quants: their kernels take seconds for a million weights, and Ctrl-C waits
 _SYNC_SECONDS = 5.0
 _ENOSPC = 28
 
@@ -61,6 +62,7 @@ class _Target:
     descriptors: dict[str, int] = field(default_factory=dict)
     cpu_seconds: float = 0.0
     finished: list[str] = field(default_factory=list)
+    whole: bool = False
     # The kernel lets one thread at a time write to a file. Those that wait for it there burn CPU, here they sleep.
     writing: threading.Lock = field(default_factory=threading.Lock)
 
@@ -92,9 +94,7 @@ def run(plan: Plan, *, threads: int | None = None, on_progress: OnProgress = ign
 def _open(output: OutputPlan, stack: ExitStack) -> _Target:
     journal = open_journal(output)
     target = _Target(output, journal)
-    stack.callback(
-        lambda: journal.close(finished=all(file.path.exists() for file in output.files) and not target.descriptors)
-    )
+    stack.callback(lambda: journal.close(finished=target.whole))
     fresh = not journal.done
     for file in output.files:
         partial = store.partial_path(file.path)
@@ -134,6 +134,7 @@ def _finish(targets: Sequence[_Target], on_progress: OnProgress) -> None:
             _close(target, str(file.path))
             os.replace(store.partial_path(file.path), file.path)
         store.sync_folder(target.output.path.parent)
+        target.whole = True
 
 
 class _Pass:
@@ -320,7 +321,8 @@ def _chunks(plan: Plan, targets: Sequence[_Target]) -> Iterator[_Chunk]:
         if not lacking:
             continue
         rows_each = tensor.shape[-2] if len(tensor.shape) > 1 else 1
-        step = max(1, _CHUNK_WEIGHTS // max(1, tensor.width))
+        slow = any(target.output.types[tensor.name].name.startswith("IQ") for target in lacking)
+        step = max(1, (_SLOW_CHUNK_WEIGHTS if slow else _CHUNK_WEIGHTS) // max(1, tensor.width))
         for first in range(0, tensor.n_rows, max(1, rows_each)):
             for start in range(first, first + rows_each, step):
                 yield _Chunk(tensor, start, min(start + step, first + rows_each), first // max(1, rows_each), lacking)
