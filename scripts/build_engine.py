@@ -125,10 +125,10 @@ def main() -> None:
     parser.add_argument("--python", metavar="P", help="install into this interpreter's environment")
     parser.add_argument("--check", action="store_true", help="only look for a compiler and CMake")
     options = parser.parse_args()
-    if options.check:
-        return require_tools()
     python = options.python or sys.executable
     try:
+        if options.check:
+            return require_tools()
         wheel = build(python)
         if options.python:
             subprocess.run(

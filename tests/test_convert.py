@@ -206,3 +206,59 @@ def test_drafts_of_a_gguf_keep_everything(tiny_checkpoint: TinyCheckpoint, gguf_
     file = gguf.read(gguf_of(tiny_checkpoint("qwen2"), "f16"))
     made = convert.from_gguf(file)
     assert made.metadata == file.metadata and [tensor.name for tensor in made.tensors] == list(file.tensors)
+
+
+# --- settings of real configs, and nonsense --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("values", [
+    {"use_sliding_window": False, "sliding_window": 131072, "max_window_layers": 28},
+    {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 28},
+    {"layer_types": ["full_attention"] * 2},
+])  # fmt: skip
+def test_qwen_windows_that_never_slide(values: dict[str, Any], tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    draft(edited(tiny_checkpoint("qwen2"), tmp_path, **values))
+
+
+@pytest.mark.parametrize(("family", "values", "key"), [
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0}, "sliding_window"),
+    ("qwen2", {"use_mrope": True}, "use_mrope"),
+    ("qwen2", {"dual_chunk_attention_config": {"chunk_size": 8}}, "dual_chunk_attention_config"),
+    ("qwen2", {"layer_types": 5}, "layer_types"),
+    ("gemma3", {"layer_types": [[], []]}, "layer_types"),
+    ("gemma3", {"layer_types": ["full_attention"]}, "layer_types"),
+    ("llama", {"rope_interleaved": True}, "rope_interleaved"),
+    ("llama", {"rope_theta": math.nan}, "rope_theta"),
+    ("llama", {"rms_norm_eps": math.nan}, "rms_norm_eps"),
+    ("llama", {"tie_word_embeddings": "false"}, "tie_word_embeddings"),
+    ("llama3", {"rope_scaling": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }}, "low_freq_factor"),
+])  # fmt: skip
+def test_settings_refused_by_name(
+    family: str, values: dict[str, Any], key: str, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    with pytest.raises((Unsupported, InvalidModel), match=f"'{key}'|'use_{key}'"):
+        draft(edited(tiny_checkpoint(family), tmp_path, **values))
+
+
+def test_rope_type_under_its_old_name_and_empty_parameters() -> None:
+    scaling = {"rope_type": None, "type": "linear", "factor": 4.0}
+    for values in ({"rope_scaling": scaling}, {"rope_parameters": {}, "rope_scaling": scaling}):
+        assert Config(values, PATH).rope().factor == 4.0
+
+
+@pytest.mark.parametrize("parameters", [None, {"rope_theta": 1e6}, {"full_attention": {"rope_theta": 1e6}}])
+def test_gemma_s_local_theta_is_never_the_global_one(
+    parameters: object, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    values = {"rope_parameters": parameters, "rope_local_base_freq": None}
+    made = draft(edited(tiny_checkpoint("gemma3", config_style=5), tmp_path, **values))
+    assert made.metadata["gemma3.rope.freq_base_swa"].data == 10000.0
+
+
+def test_name_in_the_hub_s_cache(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    place = tmp_path / "models--org--tiny-model" / "snapshots" / ("0123456789" * 4)
+    shutil.copytree(tiny_checkpoint("llama"), place)
+    assert draft(place).name == "tiny-model"

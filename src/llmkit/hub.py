@@ -6,6 +6,7 @@ Owner of huggingface_hub. Knows nothing of what is in the files.
 from __future__ import annotations
 
 import socket
+from importlib import import_module
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -20,12 +21,12 @@ def reachable(seconds: float = 3.0) -> bool:
     endpoint = settings.hub_address()
     if endpoint is None:
         return False
-    address = urlsplit(endpoint)
-    port = address.port or (80 if address.scheme == "http" else 443)
     try:
+        address = urlsplit(endpoint)
+        port = address.port or (80 if address.scheme == "http" else 443)
         with socket.create_connection((address.hostname or "", port), seconds):
             return True
-    except OSError:
+    except (OSError, ValueError):  # nobody there, or no address at all
         return False
 
 
@@ -34,12 +35,14 @@ def fetch_checkpoint(repo: str, folder: Path) -> Path:
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        http_error = import_module("huggingface_hub.utils").httpx.HTTPError  # httpx or httpx2, whichever it uses
     except ImportError as error:
         raise MissingDependency(
             f"huggingface_hub cannot be imported: {error}", "pip install huggingface_hub"
         ) from error
     try:
         snapshot_download(repo, local_dir=folder, allow_patterns=_WANTED)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, http_error, OSError) as error:
         raise LlmkitError(f"{repo}: could not be fetched from the Hub: {error}") from error
     return folder

@@ -72,13 +72,17 @@ def _title(text: str) -> None:
 def find_checkpoint(folder: Path) -> Path:
     """The demo's checkpoint folder: there already, fetched, or rebuilt from the package. Says which."""
     from .. import hub
+    from ..errors import LlmkitError
 
     fetched, rebuilt = folder / "SmolLM2-135M-Instruct", folder / "SmolLM2-135M-Instruct-rebuilt"
     if (fetched / "model.safetensors").is_file():
         return fetched
     if hub.reachable():
         output.note(f"Fetching {REPO} from the Hub …")
-        return hub.fetch_checkpoint(REPO, fetched)
+        try:
+            return hub.fetch_checkpoint(REPO, fetched)
+        except LlmkitError as error:
+            output.note(f"{error.message}")
     packaged = _packaged()
     if not (rebuilt / "model.safetensors").is_file():
         from ..convert import restore
@@ -136,11 +140,15 @@ def _show_sizes(draft: GgufDraft, folder: Path) -> None:
 
 def _quantize(draft: GgufDraft, folder: Path, args: argparse.Namespace) -> Path:
     from .. import quantize
+    from ..errors import OutputExists
     from ..quants import QUANTS
     from .quantize import make, show_results
 
     planned = quantize.plan(draft, [quantize.Recipe(QUANTS[name]) for name in _MADE], folder)
-    results = make(planned, argparse.Namespace(force=False, threads=args.threads))
+    try:
+        results = make(planned, argparse.Namespace(force=False, threads=args.threads))
+    except OutputExists:  # from another version of llmkit: the folder is the demo's own
+        results = make(planned, argparse.Namespace(force=True, threads=args.threads))
     show_results(planned, results, as_json=False)
     return planned.outputs[-1].path
 

@@ -166,7 +166,8 @@ def _mix(mix: dict[str, int]) -> str:
 def _size_table(planned: Plan, seconds: dict[str, str] | None = None) -> None:
     rows = []
     for each in planned.outputs:
-        row = [str(each.path), output.size(each.nbytes), f"{float(each.bits_per_weight):.2f}", _mix(each.mix)]
+        parts = f" (and {len(each.files) - 1} more parts)" if len(each.files) > 1 else ""
+        row = [f"{each.path}{parts}", output.size(each.nbytes), f"{float(each.bits_per_weight):.2f}", _mix(each.mix)]
         rows.append(row + ([seconds.get(each.label, "-")] if seconds is not None else []))
     headers = ["file", "size", "bits/weight", "types"] + (["CPU time"] if seconds is not None else [])
     output.table(headers, rows, "lrrlr")

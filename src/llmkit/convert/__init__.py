@@ -8,12 +8,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from .. import checkpoint, gguf
+from ..errors import ModelNotFound
 from .draft import GgufDraft, from_checkpoint, from_gguf
 
 
 def open_draft(path: Path, *, pre: str | None = None) -> GgufDraft:
     """The draft of a checkpoint folder or of a GGUF file. Raises what reading and mapping raise."""
-    if path.is_file():
+    try:
+        is_file = path.is_file()
+    except OSError as error:  # a name no file can have
+        raise ModelNotFound(f"{str(path)[:200]}: {error.strerror}") from None
+    if is_file:
         return from_gguf(gguf.read(path))
     return from_checkpoint(checkpoint.read(path), pre=pre)
 

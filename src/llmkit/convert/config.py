@@ -42,7 +42,7 @@ class Config:
             value = self.values.get(key)
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)) or value <= 0:
+            if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)) or not value > 0:
                 raise InvalidModel(f"{self.path}: '{key}' is {value!r}, expected a positive number")
             if value > 2**31 - 1:
                 raise InvalidModel(f"{self.path}: '{key}' is {value!r}, which is beyond reason")
@@ -57,7 +57,7 @@ class Config:
         if value is None and default is None:
             return
         if value not in accepted:
-            expected = " or ".join(repr(item) for item in accepted)
+            expected = " or ".join(repr(item) for item in accepted) or "its absence"
             raise Unsupported(
                 f"{self.path}: '{key}' is {value!r}; the engine can only express {expected} for this family"
             )
@@ -112,7 +112,21 @@ class Config:
     @property
     def tied(self) -> bool:
         """Whether the output matrix is the embedding."""
-        return bool(self.values.get("tie_word_embeddings", False))
+        tied = self.values.get("tie_word_embeddings") or False
+        if not isinstance(tied, bool):
+            raise InvalidModel(f"{self.path}: 'tie_word_embeddings' is {tied!r}, expected true or false")
+        return tied
+
+    @property
+    def layer_types(self) -> list[str]:
+        """What kind of attention each block has, where config.json says so; else empty."""
+        kinds = self.values.get("layer_types")
+        if kinds is None:
+            return []
+        named = isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)
+        if not named or len(kinds) != self.n_layer:
+            raise InvalidModel(f"{self.path}: 'layer_types' is not a list of {self.n_layer} names, one a block")
+        return list(kinds)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -130,13 +144,13 @@ class Config:
         both = self.values.get("rope_parameters")
         if isinstance(both, dict) and ("full_attention" in both or "sliding_attention" in both):
             scaling = both.get(layers) or {}
-        elif isinstance(both, dict):
+        elif both:
             scaling = both
         else:
             scaling = self.values.get("rope_scaling") or {}
         if not isinstance(scaling, dict):
             raise InvalidModel(f"{self.path}: the rope settings are {scaling!r}, expected an object")
-        kind = scaling.get("rope_type", scaling.get("type")) or "default"
+        kind = scaling.get("rope_type") or scaling.get("type") or "default"
         if kind not in _ROPE_TYPES:
             raise Unsupported(f"{self.path}: rope type {kind!r}; the engine can only express {', '.join(_ROPE_TYPES)}")
         inner = Config(scaling, self.path)
@@ -146,10 +160,8 @@ class Config:
         factor = inner.number("factor", default=_REQUIRED if kind != "default" else 1.0, kind=float)
         if kind == "yarn":
             _refuse_yarn_details(inner, factor)
-        if inner.values.get("partial_rotary_factor", 1.0) != 1.0:
-            raise Unsupported(
-                f"{self.path}: 'partial_rotary_factor' is {inner.values['partial_rotary_factor']!r}, not 1"
-            )
+        inner.require("partial_rotary_factor", 1, 1.0)
+        inner.require("llama_4_scaling_beta")
         return Rope(theta, kind, factor, scaling)
 
 

@@ -24,7 +24,12 @@ from .tensors import LazyTensor
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 # left behind by bitsandbytes, old transformers and torch; they hold nothing a model needs (llama.cpp skips them too)
 _LEFTOVERS = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq", ".SCB", ".weight_format")
-_QUANT_SUFFIX = re.compile(rf"[-._](?:{'|'.join(QUANTS)})$", re.IGNORECASE)
+_QUANT_SUFFIX = re.compile(rf"[-._](?:{'|'.join(QUANTS.keys() - {'COPY'})})$", re.IGNORECASE)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_TEXTS = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+    "added_tokens.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
 _SAMPLE = 4096
 
 
@@ -85,7 +90,12 @@ def from_checkpoint(checkpoint: Checkpoint, *, pre: str | None = None) -> GgufDr
     rows, left_out = _map(checkpoint, architecture, config, n_tokens)
     ordered = tuple(sorted((*rows, *architecture.extra(config)), key=lambda tensor: file_order(tensor.name)))
     found = {
-        **metadata.general(checkpoint, architecture.name, sum(tensor.n_weights for tensor in ordered)),
+        **metadata.general(
+            checkpoint,
+            architecture.name,
+            name=model_name(checkpoint.folder),
+            n_weights=sum(tensor.n_weights for tensor in ordered),
+        ),
         **architecture.metadata(config),
         "general.quantization_version": Value.uint32(2),
         **vocabulary.metadata,
@@ -93,7 +103,7 @@ def from_checkpoint(checkpoint: Checkpoint, *, pre: str | None = None) -> GgufDr
     spans = [(t.name, t.dtype, t.shape, t.path, t.offset, t.nbytes) for t in checkpoint.tensors.values()]
     fingerprint = _fingerprint(spans, _texts(checkpoint))
     remarks = (*notes, *left_out, *vocabulary.warnings)
-    draft = GgufDraft(checkpoint.folder.resolve().name, found, ordered, checkpoint.paths, fingerprint, remarks)
+    draft = GgufDraft(model_name(checkpoint.folder), found, ordered, checkpoint.paths, fingerprint, remarks)
     found["general.file_type"] = Value.uint32(QUANTS[draft.own_type.name].ftype)
     return draft
 
@@ -104,24 +114,37 @@ def from_gguf(file: GgufFile) -> GgufDraft:
         (info.name, info.type.name, info.shape, info.path, info.offset, info.nbytes) for info in file.tensors.values()
     ]
     lazy = [tensors.from_info(info) for info in file.tensors.values()]
-    kept = {key: value for key, value in file.metadata.items() if not key.startswith("split.")}
+    architecture = file.metadata.get("general.architecture")
+    if architecture is None or not isinstance(architecture.data, str):
+        raise InvalidModel(f"{file.path}: has no general.architecture, so it is no model")
+    # the parts and the alignment are those of the source; what we write has its own
+    kept = {
+        key: value
+        for key, value in file.metadata.items()
+        if not key.startswith("split.") and key != "general.alignment"
+    }
     ordered = tuple(sorted(lazy, key=lambda tensor: file_order(tensor.name)))
     stem = match["stem"] if (match := SPLIT_NAME.match(file.path.name)) else file.path.stem
     return GgufDraft(_QUANT_SUFFIX.sub("", stem), kept, ordered, file.paths, _fingerprint(spans, []))
 
 
+def model_name(folder: Path) -> str:
+    """The folder's name; in the Hugging Face cache (models--ORG--NAME/snapshots/COMMIT) the repository's."""
+    folder = folder.resolve()
+    if _COMMIT.fullmatch(folder.name) and folder.parent.name == "snapshots":
+        return folder.parent.parent.name.rpartition("--")[2]
+    return folder.name
+
+
 def _texts(checkpoint: Checkpoint) -> list[Path]:
-    return sorted(
-        path
-        for pattern in ("*.json", "*.jinja", "tokenizer.model", "merges.txt")
-        for path in checkpoint.folder.glob(pattern)
-    )
+    """The small files that decide what is written."""
+    return [path for path in (checkpoint.folder / name for name in _TEXTS) if path.is_file()]
 
 
 def _fingerprint(spans: Iterable[tuple[str, str, tuple[int, ...], Path, int, int]], texts: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for name, kind, shape, path, offset, nbytes in spans:
-        digest.update(f"{name} {kind} {shape} {path.name} {offset} {nbytes}\n".encode())
+        digest.update(f"{name} {kind} {shape} {path.name} {offset} {nbytes}\n".encode("utf-8", "surrogatepass"))
         for start in {0, max(0, nbytes // 2), max(0, nbytes - _SAMPLE)}:
             digest.update(tensors.read_span(path, offset + start, min(_SAMPLE, nbytes - start)).tobytes())
     for path in texts:

@@ -26,11 +26,11 @@ _SAMPLING = (
 )
 
 
-def general(checkpoint: Checkpoint, architecture: str, n_weights: int) -> dict[str, Value]:
+def general(checkpoint: Checkpoint, architecture: str, *, name: str, n_weights: int) -> dict[str, Value]:
     """general.*: architecture, recommended sampling, name, size, licence."""
     found = {"general.architecture": Value.string(architecture), "general.type": Value.string("model")}
     found |= _sampling(checkpoint.folder)
-    found["general.name"] = Value.string(checkpoint.folder.resolve().name)
+    found["general.name"] = Value.string(name)
     found["general.size_label"] = Value.string(size_label(n_weights))
     if licence := _card_field(checkpoint.folder, "license"):
         found["general.license"] = Value.string(licence)

@@ -33,7 +33,7 @@ def checkpoint(path: Path, folder: Path, *, dtype: str = "bf16") -> None:
     file = gguf.read(path)
     if file.get("general.architecture") != "llama":
         raise Unsupported(f"{path}: only llama models can be turned back, this is {file.get('general.architecture')}")
-    folder.mkdir(parents=True, exist_ok=True)
+    store.make_folder(folder)
     config = _config(file, dtype)
     _write_json(folder / "config.json", config)
     tokenizer_files(file, folder)

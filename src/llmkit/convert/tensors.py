@@ -99,7 +99,15 @@ def _decode(rows: Rows, kind: TensorType, width: int) -> Rows:
 def read_span(path: Path, offset: int, nbytes: int) -> Rows:
     """`nbytes` of `path` from `offset` as uint8. Raises InvalidModel when the file has become shorter."""
     buffer = np.empty(nbytes, np.uint8)
-    view = buffer.data
+    try:
+        _fill(buffer, path, offset)
+    except OSError as error:
+        raise InvalidModel(f"{path}: cannot be read any more: {error.strerror}") from error
+    return buffer
+
+
+def _fill(buffer: Rows, path: Path, offset: int) -> None:
+    view, nbytes = buffer.data, buffer.nbytes
     with open(path, "rb", buffering=0) as file:
         done = 0
         while done < nbytes:
@@ -109,7 +117,6 @@ def read_span(path: Path, offset: int, nbytes: int) -> Rows:
                     f"{path}: ended at byte {offset + done} while being read: it has changed since it was opened"
                 )
             done += count
-    return buffer
 
 
 def from_stored(stored: StoredTensor) -> LazyTensor:

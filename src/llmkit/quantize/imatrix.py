@@ -6,9 +6,11 @@ count, and 1 where the count is 0. Legacy: values over calls. Formats: llama.cpp
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,14 @@ class Imatrix:
             found["quantize.imatrix.chunks_count"] = Value.uint32(self.chunk_count)
         return found
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identifies the values."""
+        digest = hashlib.sha256()
+        for name, values in sorted(self.entries.items()):
+            digest.update(name.encode("utf-8", "surrogateescape") + values.tobytes())
+        return digest.hexdigest()
+
     def of(self, tensor: LazyTensor) -> Importance | None:
         """The tensor's importance as (matrices, width), or None. Raises InvalidModel when the size is wrong."""
         found = self.entries.get(tensor.name)
@@ -88,7 +98,7 @@ def _demands(kind: TensorType, name: str) -> bool:
 
 
 def _cut(text: str) -> str:
-    return text.encode()[:127].decode("utf-8", "ignore")
+    return text.encode("utf-8", "replace")[:127].decode("utf-8", "ignore")
 
 
 def read(path: Path) -> Imatrix:
@@ -106,6 +116,8 @@ def read(path: Path) -> Imatrix:
     for name, values in found.entries.items():
         if not np.isfinite(values).all():
             raise InvalidModel(f"{path}: the importance of '{name}' has values that are not finite")
+        if (values < 0).any():
+            raise InvalidModel(f"{path}: the importance of '{name}' has negative values; it is a sum of squares")
     return found
 
 
@@ -128,7 +140,7 @@ def _read_gguf(path: Path) -> Imatrix:
     datasets = file.get("imatrix.datasets")
     chunks = file.get("imatrix.chunk_count", 0)
     named = tuple(str(item) for item in datasets) if isinstance(datasets, gguf.Array) else ()
-    return Imatrix(path, entries, named, chunks if isinstance(chunks, int) else 0)
+    return Imatrix(path, entries, named, chunks if isinstance(chunks, int) and chunks < 1 << 32 else 0)
 
 
 def _values(path: Path, tensor: LazyTensor) -> Importance:

@@ -30,11 +30,17 @@ _CHUNK_WEIGHTS = 1 << 20
 _SLOW_CHUNK_WEIGHTS = 1 << 17  # for i-quants: their kernels take seconds for a million weights, and Ctrl-C waits
 _SYNC_SECONDS = 5.0
 _ENOSPC = 28
+_FREE_SOME = "Free some room and run the same command again: it goes on where it stopped."
+# Weights beyond this fit no block's half-precision scale; the i-quants' kernels abort on some of them.
+_LARGEST = 1e6
 
 
 @dataclass(frozen=True)
 class Result:
-    """One output as it was made. `cpu_seconds` is kernel and writing time of this output over all threads."""
+    """One output as it was made. `seconds` is the whole pass; `cpu_seconds` this output's kernels and writing.
+
+    Reading and widening a chunk counts for the first output that needs it.
+    """
 
     output: OutputPlan
     seconds: float
@@ -82,11 +88,14 @@ def run(plan: Plan, *, threads: int | None = None, on_progress: OnProgress = ign
     if not plan.outputs:
         return []
     began = time.monotonic()
-    with ExitStack() as stack:
-        targets = [_open(output, stack) for output in plan.outputs]
-        resumed = {target.output.label: len(target.journal.done) for target in targets}
-        _Pass(plan, targets, threads or settings.threads(), on_progress).run()
-        _finish(targets, on_progress)
+    try:
+        with ExitStack() as stack:
+            targets = [_open(output, stack) for output in plan.outputs]
+            resumed = {target.output.label: len(target.journal.done) for target in targets}
+            _Pass(plan, targets, threads or settings.threads(), on_progress).run()
+            _finish(targets, on_progress)
+    except OSError as error:
+        raise _writing_failed(error) from error
     seconds = time.monotonic() - began
     return [Result(each.output, seconds, each.cpu_seconds, resumed[each.output.label]) for each in targets]
 
@@ -117,9 +126,7 @@ def _reserve(descriptor: int, nbytes: int, path: Path) -> None:
         os.posix_fallocate(descriptor, 0, nbytes)
     except (AttributeError, OSError) as error:
         if isinstance(error, OSError) and error.errno == _ENOSPC:
-            raise NotEnoughRoom(
-                f"{path}: the disk has no room for {nbytes / 1e9:.2f} GB", "Free some, or use --out."
-            ) from None
+            raise NotEnoughRoom(f"{path}: the disk has no room for {nbytes:,} bytes", _FREE_SOME) from None
     os.truncate(descriptor, nbytes)
 
 
@@ -252,15 +259,14 @@ class _Pass:
         if kind is F32:
             return values
         width, n_rows = chunk.tensor.width, chunk.stop - chunk.start
+        if kind.name.startswith("IQ") and max(values.max(), -values.min()) > _LARGEST:
+            raise _not_finite(chunk, kind)
         importance = target.output.imatrix.of(chunk.tensor) if target.output.imatrix else None
         address = None if importance is None else np.ascontiguousarray(importance[chunk.matrix]).ctypes.data
         block = np.empty((n_rows, kind.row_nbytes(width)), np.uint8)
         self.engine.quantize_chunk(kind.ggml_id, values.ctypes.data, block.ctypes.data, 0, n_rows, width, address)
         if not self.engine.validate_rows(kind.ggml_id, block.ctypes.data, block.nbytes):
-            raise InvalidModel(
-                f"tensor '{chunk.tensor.name}', rows {chunk.start} to {chunk.stop}: {kind.name} gives values that are"
-                " not finite: its numbers are too large for the type"
-            )
+            raise _not_finite(chunk, kind)
         return block
 
 
@@ -274,6 +280,19 @@ def _read(chunk: _Chunk) -> Rows:
             "Its training or download went wrong; no quant can be made from it.",
         )
     return rows
+
+
+def _not_finite(chunk: _Chunk, kind: TensorType) -> InvalidModel:
+    where = f"tensor '{chunk.tensor.name}', rows {chunk.start} to {chunk.stop}"
+    return InvalidModel(
+        f"{where}: holds numbers too large for {kind.name}, which would give values that are not finite"
+    )
+
+
+def _writing_failed(error: OSError) -> LlmkitError:
+    if error.errno == _ENOSPC:
+        return NotEnoughRoom("the disk is full", _FREE_SOME)
+    return LlmkitError(f"{error.filename or 'the output'}: writing failed: {error.strerror}", _FREE_SOME)
 
 
 def _copy(chunk: _Chunk, descriptor: int, offset: int) -> None:
@@ -298,16 +317,9 @@ def _copy(chunk: _Chunk, descriptor: int, offset: int) -> None:
 
 def _write(descriptor: int, block: Rows, offset: int) -> None:
     view = block.data.cast("B")
-    try:
-        while view:
-            count = os.pwrite(descriptor, view, offset)
-            view, offset = view[count:], offset + count
-    except OSError as error:
-        if error.errno == _ENOSPC:
-            raise NotEnoughRoom(
-                "the disk is full", "Free some room and run the same command again: it goes on."
-            ) from None
-        raise LlmkitError(f"writing failed: {error.strerror}", "Run the same command again: it goes on.") from error
+    while view:
+        count = os.pwrite(descriptor, view, offset)
+        view, offset = view[count:], offset + count
 
 
 def _source_nbytes(tensor: LazyTensor, start: int, stop: int) -> int:

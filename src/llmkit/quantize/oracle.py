@@ -16,7 +16,7 @@ from typing import Any
 
 from .. import engine, gguf_writer
 from ..convert.draft import GgufDraft
-from ..errors import EngineError, Unsupported
+from ..errors import EngineError, LlmkitError, Unsupported
 from ..gguf import Value
 from ..quants import TENSOR_TYPES, TensorType
 from .recipe import Recipe
@@ -44,7 +44,12 @@ def ask(draft: GgufDraft, recipes: Sequence[Recipe], *, has_imatrix: bool) -> li
     architecture = str(draft.metadata["general.architecture"].data)
     with tempfile.TemporaryDirectory(prefix="llmkit-") as folder:
         path = Path(folder) / "header.gguf"
-        gguf_writer.write_sparse(path, _header(draft, architecture), [(t.name, t.shape, t.type) for t in draft.tensors])
+        try:
+            rows = [(tensor.name, tensor.shape, tensor.type) for tensor in draft.tensors]
+            gguf_writer.write_sparse(path, _header(draft, architecture), rows)
+        except OSError as error:
+            hint = "Set TMPDIR to another folder."
+            raise LlmkitError(f"{path}: cannot be written: {error.strerror}", hint) from error
         request = {"path": str(path), "recipes": [_request(recipe, tied, has_imatrix) for recipe in recipes]}
         answers = engine.run_in_child(function="llmkit.quantize.oracle:dry_runs", arguments=request, timeout=_TIMEOUT)
     return [_choice(draft, recipe, answer) for recipe, answer in zip(recipes, answers, strict=True)]
@@ -70,15 +75,10 @@ def _request(recipe: Recipe, tied: bool, has_imatrix: bool) -> dict[str, Any]:
         # The engine looks at patterns for quantized defaults only, at these two flags always.
         if recipe.tensor_types:
             raise Unsupported(f"{recipe.quant.name} takes no --tensor-type: the engine ignores it there")
-        flags |= {name: TENSOR_TYPES[kind].ggml_id for name, kind in _end_flags(recipe)}
+        flags |= {name: kind.ggml_id for name, kind in recipe.ends(tied) if kind}
         overrides = []
     ids = [(pattern, TENSOR_TYPES[kind].ggml_id) for pattern, kind in overrides]
     return {"name": str(recipe), "flags": flags, "overrides": ids, "imatrix": has_imatrix}
-
-
-def _end_flags(recipe: Recipe) -> list[tuple[str, str]]:
-    ends = (("output_tensor_type", recipe.output_type), ("token_embedding_type", recipe.embedding_type))
-    return [(name, kind.name) for name, kind in ends if kind]
 
 
 def _choice(draft: GgufDraft, recipe: Recipe, answer: dict[str, Any]) -> Choice:

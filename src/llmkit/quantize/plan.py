@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -74,13 +75,10 @@ class OutputPlan:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identifies the work: the source, every byte of the headers, the importance values."""
+        """Identifies the work: the source and every byte of the headers, which name recipe and importance values."""
         digest = hashlib.sha256(self.draft.fingerprint.encode())
         for file in self.files:
             digest.update(file.path.name.encode() + file.header)
-        if self.imatrix:
-            for name, values in sorted(self.imatrix.entries.items()):
-                digest.update(name.encode() + values.tobytes())
         return digest.hexdigest()
 
 
@@ -114,19 +112,22 @@ def plan(
     Raises Unsupported (quantized source without `requantize`), LlmkitError (importance matrix needed), EngineError.
     """
     _refuse_quantized(draft, recipes, requantize)
+    _refuse_idle_patterns(draft, recipes)
     choices = oracle.ask(draft, recipes, has_imatrix=imatrix is not None)
     outputs = []
     for recipe, choice in zip(recipes, choices, strict=True):
-        if imatrix is None and choice.needs_imatrix:
+        if imatrix is None and choice.needs_imatrix and not recipe.tensor_types:
             raise LlmkitError(
                 f"{recipe.quant.name} needs an importance matrix for this model: without one it would be useless",
                 importance.HOW_TO_GET_ONE,
             )
         importance.require(imatrix, draft.tensors, choice.types)
-        metadata = _quantized_metadata(draft, recipe, imatrix)
+        changed = recipe.quant.default is not None and any(kind.quantized for kind in choice.types.values())
+        used = imatrix if changed else None
+        origin = provenance(draft, str(recipe), used)
         base = file or folder / f"{draft.name}-{recipe.quant.name}.gguf"
-        used = imatrix if any(kind.quantized for kind in choice.types.values()) else None
-        files = _lay_out(base, metadata, draft.tensors, choice.types, split_nbytes)
+        metadata = _quantized_metadata(draft, recipe, used)
+        files = _lay_out(base, metadata, origin, draft.tensors, choice.types, split_nbytes)
         outputs.append(OutputPlan(recipe.quant.name, draft, choice.types, files, used, str(recipe)))
     if twice := [path for path, count in Counter(output.path for output in outputs).items() if count > 1]:
         raise LlmkitError(f"{twice[0].name} would be written twice", "Name each quant once.")
@@ -147,9 +148,8 @@ def conversion(
     types = {tensor.name: _conversion_type(tensor, wanted) for tensor in draft.tensors}
     metadata = dict(draft.metadata)
     metadata["general.file_type"] = Value.uint32(QUANTS[wanted.name].ftype)
-    metadata |= provenance(draft, wanted.name)
     base = path or folder / f"{draft.name}-{wanted.name}.gguf"
-    files = _lay_out(base, metadata, draft.tensors, types, split_nbytes)
+    files = _lay_out(base, metadata, provenance(draft, wanted.name), draft.tensors, types, split_nbytes)
     return Plan(draft, (OutputPlan(wanted.name, draft, types, files, None, wanted.name),))
 
 
@@ -169,9 +169,18 @@ def _refuse_quantized(draft: GgufDraft, recipes: Sequence[Recipe], requantize: b
         )
 
 
-def provenance(draft: GgufDraft, recipe: str) -> dict[str, Value]:
+def _refuse_idle_patterns(draft: GgufDraft, recipes: Sequence[Recipe]) -> None:
+    for pattern in dict.fromkeys(pattern for recipe in recipes for pattern, _ in recipe.tensor_types):
+        if not any(re.search(pattern, tensor.name) for tensor in draft.tensors):
+            some = ", ".join(tensor.name for tensor in draft.tensors[:4])
+            raise LlmkitError(f"--tensor-type: no tensor's name matches '{pattern}'", f"Names are like {some}.")
+
+
+def provenance(draft: GgufDraft, recipe: str, imatrix: Imatrix | None = None) -> dict[str, Value]:
     """Where the file comes from and how it was made, so that it can be made again byte for byte."""
+    values = {"llmkit.imatrix.fingerprint": Value.string(imatrix.fingerprint)} if imatrix else {}
     return {
+        **values,
         "llmkit.version": Value.string(__version__),
         "llmkit.source.name": Value.string(draft.name),
         "llmkit.source.fingerprint": Value.string(draft.fingerprint),
@@ -188,22 +197,22 @@ def _quantized_metadata(draft: GgufDraft, recipe: Recipe, imatrix: Imatrix | Non
     found["general.file_type"] = source_type if recipe.quant.default is None else Value.uint32(recipe.quant.ftype)
     if imatrix:
         found |= imatrix.metadata()
-    return {
-        **{key: value for key, value in found.items() if not key.startswith("llmkit.")},
-        **provenance(draft, str(recipe)),
-    }
+    return {key: value for key, value in found.items() if not key.startswith("llmkit.")}
 
 
 def _lay_out(
     base: Path,
     metadata: Mapping[str, Value],
+    origin: Mapping[str, Value],
     tensors: Sequence[LazyTensor],
     types: Mapping[str, TensorType],
     split_nbytes: int | None,
 ) -> tuple[FilePlan, ...]:
-    groups = _split(tensors, types, split_nbytes)
+    """One file, or parts: `metadata` in the first, `origin` in each one, so that parts of other work are told apart."""
+    whole = _file(base, {**metadata, **origin}, tensors, types)
+    groups = _split(tensors, types, split_nbytes, len(whole.header))
     if len(groups) == 1:
-        return (_file(base, metadata, tensors, types),)
+        return (whole,)
     files = []
     for number, group in enumerate(groups):
         stem = match["stem"] if (match := SPLIT_NAME.match(base.name)) else base.stem
@@ -213,18 +222,19 @@ def _lay_out(
             "split.count": Value(ValueType.UINT16, len(groups)),
             "split.tensors.count": Value.int32(len(tensors)),
         }
-        files.append(_file(path, {**metadata, **split} if number == 0 else split, group, types))
+        first = metadata if number == 0 else {}
+        files.append(_file(path, {**first, **origin, **split}, group, types))
     return tuple(files)
 
 
 def _split(
-    tensors: Sequence[LazyTensor], types: Mapping[str, TensorType], limit: int | None
+    tensors: Sequence[LazyTensor], types: Mapping[str, TensorType], limit: int | None, header: int
 ) -> list[Sequence[LazyTensor]]:
-    """Tensors in groups of at most `limit` bytes; one that is larger stands alone."""
+    """Tensors in groups of at most `limit` bytes, `header` counted in the first; one that is larger stands alone."""
     if limit is None:
         return [tensors]
     groups: list[list[LazyTensor]] = [[]]
-    filled = 0
+    filled = header
     for tensor in tensors:
         nbytes = padded(tensor_nbytes(tensor.shape, types[tensor.name]))
         if groups[-1] and filled + nbytes > limit:
@@ -255,27 +265,50 @@ def is_made(file: FilePlan) -> bool:
 
 
 def check_outputs(planned: Plan, *, force: bool) -> Plan:
-    """The plan without what is made already. Raises OutputExists, NotEnoughRoom, AccessDenied: before any work."""
+    """The plan without what is made already, by a file no older than the source.
+
+    Raises OutputExists, NotEnoughRoom, AccessDenied, LlmkitError: before any work.
+    """
     left = []
-    for output in planned.outputs:
-        made = not force and all(map(is_made, output.files))
-        if made:
-            output.journal_path.unlink(missing_ok=True)  # a run that was killed at its last step may have left it
-        else:
-            left.append(output)
-    for file in (file for output in left for file in output.files):
-        if file.path.is_dir():
-            raise OutputExists(f"{file.path}: is a folder", "Choose another name with --out.")
-        if file.path in planned.draft.paths:
-            raise OutputExists(f"{file.path}: is the file being read", "Choose another folder with --out.")
-        if not force and file.path.exists() and not is_made(file):
-            hint = "Add --force to replace it, or choose another --out."
-            raise OutputExists(f"{file.path}: exists and is something else", hint)
+    try:
+        changed = max(path.stat().st_mtime for path in planned.draft.paths)
+        for folder in {output.path.parent for output in planned.outputs}:
+            store.make_folder(folder)
+        for output in planned.outputs:
+            if not force and all(_is_current(file, changed) for file in output.files):
+                _remove_leftovers(output)
+            else:
+                left.append(output)
+        for file in (file for output in left for file in output.files):
+            if not (force or _is_current(file, changed)):
+                _refuse_existing(file)
+            if file.path.exists() and any(file.path.samefile(source) for source in planned.draft.paths):
+                raise OutputExists(f"{file.path}: is the file being read", "Choose another folder with --out.")
+    except OSError as error:
+        raise LlmkitError(f"{str(error.filename)[:200]}: {error.strerror}", "Choose another --out.") from error
     for folder in {output.path.parent for output in left}:
-        store.make_folder(folder)
         here = [file for output in left for file in output.files if file.path.parent == folder]
         store.require_room(folder, sum(file.nbytes - _allocated(store.partial_path(file.path)) for file in here))
     return Plan(planned.draft, tuple(left))
+
+
+def _remove_leftovers(output: OutputPlan) -> None:
+    """What a run that was killed at its last step, or a replacement that was broken off, left beside whole files."""
+    for path in (output.journal_path, *(store.partial_path(file.path) for file in output.files)):
+        path.unlink(missing_ok=True)
+
+
+def _is_current(file: FilePlan, changed: float) -> bool:
+    """Whether the file is made and not older than the source, last `changed` then."""
+    return is_made(file) and file.path.stat().st_mtime >= changed
+
+
+def _refuse_existing(file: FilePlan) -> None:
+    if file.path.is_dir():
+        raise OutputExists(f"{file.path}: is a folder", "Choose another name with --out.")
+    if file.path.exists():
+        what = "was made from an earlier state of this source" if is_made(file) else "exists and is something else"
+        raise OutputExists(f"{file.path}: {what}", "Add --force to replace it, or choose another --out.")
 
 
 def _allocated(path: Path) -> int:
@@ -291,6 +324,7 @@ def describe(output: OutputPlan) -> dict[str, object]:
     return {
         "quant": output.label,
         "path": str(output.path),
+        "paths": [str(file.path) for file in output.files],
         "nbytes": output.nbytes,
         "bits_per_weight": float(output.bits_per_weight),
         "mix": output.mix,

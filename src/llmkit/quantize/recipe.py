@@ -25,20 +25,22 @@ class Recipe:
 
     def __str__(self) -> str:
         parts = [self.quant.name, *(f"{pattern}={kind.name}" for pattern, kind in self.tensor_types)]
-        parts += [f"{name}={kind.name}" for name, kind in self._ends() if kind]
+        ends = (("output", self.output_type), ("embedding", self.embedding_type))
+        parts += [f"{name}={kind.name}" for name, kind in ends if kind]
         return " ".join(parts + ["pure"] * self.pure)
 
-    def _ends(self) -> tuple[tuple[str, TensorType | None], ...]:
-        return (("output", self.output_type), ("embedding", self.embedding_type))
-
-    def overrides(self, tied: bool) -> list[tuple[str, str]]:
-        """All exceptions as (pattern, type name) for the engine; patterns get its shape fallback, its flags do not.
+    def ends(self, tied: bool) -> list[tuple[str, TensorType | None]]:
+        """Types asked for the output matrix and the embedding, by the names of the engine's flags.
 
         With tied embeddings the output matrix is the embedding: `output_type` means token_embd unless that has its own.
         """
         embedding = self.embedding_type or (self.output_type if tied else None)
-        ends = ((r"^output\.weight$", self.output_type), (r"^token_embd\.weight$", embedding))
-        found = [(pattern, kind.name) for pattern, kind in ends if kind]
+        return [("output_tensor_type", self.output_type), ("token_embedding_type", embedding)]
+
+    def overrides(self, tied: bool) -> list[tuple[str, str]]:
+        """All exceptions as (pattern, type name) for the engine; patterns get its shape fallback, its flags do not."""
+        patterns = (r"^output\.weight$", r"^token_embd\.weight$")
+        found = [(pattern, kind.name) for pattern, (_, kind) in zip(patterns, self.ends(tied), strict=True) if kind]
         return found + [(pattern, kind.name) for pattern, kind in self.tensor_types]
 
 

@@ -18,6 +18,7 @@ from ..tensors import LazyTensor
 
 CLASSES = {
     "LlamaForCausalLM": "llama",
+    "LLaMAForCausalLM": "llama",
     "MistralForCausalLM": "llama",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from ...errors import Unsupported
 from ...gguf import Value, ValueType
 from .. import metadata
-from ..config import Config
+from ..config import Config, Rope
 from ..tensors import LazyTensor, add_one
 from . import Architecture, Row, llama
 from .llama import block
@@ -26,25 +26,31 @@ def _norm(tensor: LazyTensor, _: Config) -> LazyTensor:
 
 def _sliding(config: Config) -> list[bool] | None:
     """Which layers slide, or None for the engine's own pattern."""
-    kinds = config.values.get("layer_types")
-    if isinstance(kinds, list) and len(kinds) == config.n_layer:
+    if kinds := config.layer_types:
         if strange := set(kinds) - {"sliding_attention", "full_attention"}:
-            raise Unsupported(f"{config.path}: 'layer_types' names {sorted(map(str, strange))}")
+            raise Unsupported(f"{config.path}: 'layer_types' names {sorted(strange)}")
         sliding = [kind == "sliding_attention" for kind in kinds]
     else:
-        period = config.number("sliding_window_pattern", default=_PERIOD)
+        period = config.number("sliding_window_pattern", "_sliding_window_pattern", default=_PERIOD)
         sliding = [(i + 1) % period != 0 for i in range(config.n_layer)]
     usual = [(i + 1) % _PERIOD != 0 for i in range(config.n_layer)]
     return None if sliding == usual else sliding
+
+
+def _local(config: Config) -> Rope:
+    """Rotary settings of the sliding layers: their own where there are some, else never scaled."""
+    parameters = config.values.get("rope_parameters")
+    if isinstance(parameters, dict) and parameters.get("sliding_attention"):
+        return config.rope("sliding_attention")
+    return Rope(config.number("rope_local_base_freq", default=10000.0, kind=float))
 
 
 def _metadata(config: Config) -> Mapping[str, Value]:
     found = metadata.decoder(config, "gemma3")
     epsilon = found.pop("gemma3.attention.layer_norm_rms_epsilon")
     lengths = {key: found.pop(key) for key in ("gemma3.attention.key_length", "gemma3.attention.value_length")}
-    local = config.rope("sliding_attention").theta if "rope_parameters" in config.values else None
-    local = local or config.number("rope_local_base_freq", default=10000.0, kind=float)
-    found |= {"gemma3.rope.freq_base_swa": Value.float32(local), "gemma3.attention.layer_norm_rms_epsilon": epsilon}
+    theta = Value.float32(_local(config).theta)
+    found |= {"gemma3.rope.freq_base_swa": theta, "gemma3.attention.layer_norm_rms_epsilon": epsilon}
     found |= lengths
     found["general.file_type"] = Value.uint32(0)
     if cap := config.number("final_logit_softcapping", default=None, kind=float):
@@ -65,12 +71,14 @@ def check(config: Config) -> tuple[str, ...]:
         raise Unsupported(f"{config.path}: 'attn_logit_softcapping' is set; the engine has none for gemma3")
     expected = config.n_embd // config.n_head if config.n_layer == 62 else config.head_dim
     config.require("query_pre_attn_scalar", expected, float(expected))
-    for layers, accepted in (("full_attention", ("default", "linear")), ("sliding_attention", ("default",))):
-        if "rope_parameters" not in config.values and layers == "sliding_attention":
-            continue
-        if (kind := config.rope(layers).type) not in accepted:
+    for layers, rope, accepted in (
+        ("full", config.rope(), ("default", "linear")),
+        ("sliding", _local(config), ("default",)),
+    ):
+        if rope.type not in accepted:
+            known = " or ".join(accepted)
             raise Unsupported(
-                f"{config.path}: rope type '{kind}' in {layers} layers; the engine can only express {accepted}"
+                f"{config.path}: rope type '{rope.type}' in {layers} layers; the engine can only express {known}"
             )
     return ()
 

@@ -11,6 +11,7 @@ from math import pi
 
 import numpy as np
 
+from ...errors import InvalidModel
 from ...gguf import Value
 from .. import metadata
 from ..config import Config
@@ -35,8 +36,10 @@ def _metadata(config: Config) -> Mapping[str, Value]:
 
 def _window(config: Config) -> int | None:
     """Mistral 7B v0.1's sliding window, when it is shorter than the context."""
-    window: int | None = config.number("sliding_window", default=None)
-    return window if window and window < config.context else None
+    if not config.values.get("sliding_window"):
+        return None
+    window: int = config.number("sliding_window")
+    return window if window < config.context else None
 
 
 def check(config: Config) -> tuple[str, ...]:
@@ -44,6 +47,7 @@ def check(config: Config) -> tuple[str, ...]:
     config.require("hidden_act", "silu", "swish")
     config.require("partial_rotary_factor", 1, 1.0)
     config.require("is_causal", True)
+    config.require("rope_interleaved", False)
     if window := _window(config):
         return (f"the engine has no sliding window for this family: context_length is set to the window, {window}",)
     return ()
@@ -60,6 +64,8 @@ def _rope_freqs(config: Config) -> tuple[LazyTensor, ...]:
     settings = Config(rope.settings, config.path)
     low, high = (settings.number(f"{end}_freq_factor", kind=float) for end in ("low", "high"))
     original = settings.number("original_max_position_embeddings")
+    if low >= high:
+        raise InvalidModel(f"{config.path}: 'low_freq_factor' {low} is not below 'high_freq_factor' {high}")
     dims = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     wavelength = 2 * pi * np.float32(rope.theta).astype(np.float64) ** dims.astype(np.float64)
     smooth = np.clip((original / wavelength - low) / (high - low), 0, 1)

@@ -19,13 +19,24 @@ def check(config: Config) -> tuple[str, ...]:
         raise Unsupported(
             f"{config.path}: rope type 'llama3'; the engine can only express default, linear or yarn here"
         )
-    layer_types = config.values.get("layer_types") or []
-    if config.values.get("use_sliding_window") or "sliding_attention" in layer_types:
-        window = config.number("sliding_window")
+    config.require("use_mrope", False)
+    config.require("dual_chunk_attention_config")
+    if window := _window(config):
         raise Unsupported(
             f"{config.path}: 'use_sliding_window' with a window of {window}; the engine has none for this family"
         )
     return ()
+
+
+def _window(config: Config) -> int | None:
+    """The sliding window, when a layer has one that is shorter than the context (transformers Qwen2Config)."""
+    if config.layer_types:
+        slides = "sliding_attention" in config.layer_types
+    else:
+        full = config.values.get("max_window_layers", 28)  # so many layers keep full attention
+        slides = config.values.get("use_sliding_window") is True and isinstance(full, int) and full < config.n_layer
+    window: int = config.number("sliding_window", default=4096) if slides else config.context
+    return window if window < config.context else None
 
 
 ATTENTION = (
