@@ -64,7 +64,7 @@ def test_lines_from_a_pipe_are_turns_and_commands(cli: Cli, smollm2_gguf: Path) 
         (("--system", "tutr"), 1, ["no system prompt called 'tutr'", "tutor"]),
         (("--top-p", "7"), 1, ["top-p 7.0", "at most 1"]),
         (("--temperature", "warm"), 2, ["invalid float value"]),
-        (("--context", "0"), 2, ["not 1 or more"]),
+        (("--context", "0"), 2, ["--context", "from 1 to"]),
         (("--context", "16", "--prompt", "x" * 400), 1, ["tokens long, the context holds 16", "--context"]),
     ],
 )
@@ -249,3 +249,25 @@ def test_control_characters_do_not_reach_the_terminal(
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     talk(["Hi"], ["\x1b[31mred\tend"])
     assert capsys.readouterr().out == "\\x1b[31mred\tend\n"
+
+
+def test_a_context_beyond_the_engine_s_integers(cli: Cli, smollm2_gguf: Path) -> None:
+    done = cli("chat", smollm2_gguf, "--context", 4294967424, "--prompt", "hi")
+    assert done.returncode == 2 and "--context" in done.stderr
+
+
+def test_a_piped_line_that_begins_with_a_slash(cli: Cli, smollm2_gguf: Path) -> None:
+    done = cli("chat", smollm2_gguf, *GREEDY, input="/usr/bin/env: what is it?\n/context\n")
+    assert done.returncode == 0 and "2 messages" in done.stdout, done.stderr
+
+
+def test_the_gauge_after_clear(cli: Cli, smollm2_gguf: Path) -> None:
+    done = cli("chat", smollm2_gguf, *GREEDY, input="Hello\n/clear\n/context\n")
+    assert "0 of " in done.stdout
+
+
+def test_a_file_name_that_is_not_utf8(cli: Cli, smollm2_gguf: Path, tmp_path: Path) -> None:
+    path = os.fsencode(tmp_path) + b"/m\xe9.gguf"
+    os.symlink(os.fsencode(smollm2_gguf), path)
+    done = cli("chat", os.fsdecode(path), *GREEDY, "--prompt", "hi")
+    assert done.returncode == 0, done.stderr

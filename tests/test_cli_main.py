@@ -311,3 +311,29 @@ def test_rate_and_time_left_count_from_where_the_stage_began() -> None:
 @pytest.mark.parametrize("total", [0, -1])
 def test_a_bar_of_nothing_is_full(total: int) -> None:
     assert "100%" in output.progress_line(Progress("writing", 0, total), 0.0)
+
+
+@pytest.mark.parametrize(
+    "text", ["Bonjour\xa0! \u202fça", "你好\u3000世", "👨\u200d👩\u200d👧", "می\u200cخ", "soft\xadhyphen"]
+)
+def test_ordinary_text_is_printable(text: str) -> None:
+    assert output.printable(text) == text
+
+
+@pytest.mark.parametrize("char", ["\x1b", "\r", "\x00", "\x9b", "\u202e", "\u2066", "\ud800"])
+def test_what_drives_a_terminal_is_escaped(char: str) -> None:
+    assert char not in output.printable(f"a{char}é")
+
+
+def test_closed_streams_are_empty_ones() -> None:
+    done = subprocess.run(
+        ["sh", "-c", f"'{sys.executable}' -m llmkit doctor --json <&- >&- "],
+        capture_output=True, text=True, timeout=120, env=cli_environment(),
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr and done.stdout == ""
+
+
+def test_verbose_shows_the_engine_s_log(cli: Cli, smollm2_gguf: Path) -> None:
+    arguments = ("chat", smollm2_gguf, "--prompt", "hi", "--max-tokens", 1, "--threads", 1)
+    assert "llama_model_loader" in cli("-v", *arguments).stderr
+    assert "llama_model_loader" not in cli(*arguments).stderr

@@ -191,3 +191,27 @@ def test_a_hostile_template_gets_nothing(source: str) -> None:
 def test_a_template_that_never_ends_its_recursion_is_refused() -> None:
     with pytest.raises(LlmkitError):
         ChatTemplate("{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}").render([USER])
+
+
+# --- templates that are hostile, or leave the system prompt out ------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", [
+    "{% for a in b %}" * 30 + "{% endfor %}" * 30,
+    "{% if a %}" * 120 + "{% endif %}" * 120,
+    "{{ " + "9" * 5000 + " }}",
+])  # fmt: skip
+def test_templates_python_cannot_compile(source: str) -> None:
+    with pytest.raises(InvalidModel, match="chat template"):
+        ChatTemplate(source, bos="", eos="").render([Message("user", "hi")])
+
+
+def test_a_generator_that_is_empty() -> None:
+    with pytest.raises(LlmkitError, match="chat template"):
+        ChatTemplate("{{ cycler().next() }}", bos="", eos="").render([Message("user", "hi")])
+
+
+def test_a_system_prompt_is_not_taken_for_shown_because_the_question_contains_it() -> None:
+    only_users = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    prompt = ChatTemplate(only_users, bos="", eos="").render([Message("system", "a"), Message("user", "hallo")])
+    assert prompt.merged_system and prompt.text == "a\n\nhallo"

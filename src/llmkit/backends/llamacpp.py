@@ -8,6 +8,7 @@ freely). Hidden states come through the scheduler's callback, see tap.py.
 from __future__ import annotations
 
 import ctypes as C
+import os
 import weakref
 from collections.abc import Sequence
 from functools import cached_property
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 _BATCH = 512  # tokens per call of the engine
 # Rows of logits per call: the engine reserves this many × vocabulary × 4 bytes
 _OUTPUT_ROWS = 64
+_MAX_CONTEXT = 2**31 - 1  # the engine's position type is int32; what is larger would wrap
 _NO_VOCABULARY = 0  # LLAMA_VOCAB_TYPE_NONE
 
 
@@ -63,7 +65,7 @@ def _load_model(file: gguf.GgufFile, params: dict[str, bool], gpu_layers: int | 
             return not raised and not held  # False ends the loading
 
         model_params.progress_callback = llama.llama_progress_callback(report)
-        model = llama.llama_model_load_from_file(str(file.path).encode(), model_params)
+        model = llama.llama_model_load_from_file(os.fsencode(file.path), model_params)
         if model and (raised or held):
             llama.llama_model_free(model)
     if raised:
@@ -190,8 +192,8 @@ class LlamaCppSession:
     """A Session. Made by `LlamaCpp.session`."""
 
     def __init__(self, backend: LlamaCpp, context: int, tap: Tap | None) -> None:
-        if context < 1:
-            raise ValueError(f"a context of {context} tokens")
+        if not 1 <= context <= _MAX_CONTEXT:
+            raise Unsupported(f"a context of {context} tokens: expected 1 to {_MAX_CONTEXT}")
         self.n = 0
         self.context = context
         self._backend = backend

@@ -8,6 +8,7 @@ size, time and engine build.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 
 from .. import engine, gguf, settings
@@ -43,7 +44,7 @@ def _fingerprint(file: gguf.GgufFile) -> str:
     for path in file.paths:
         status = path.stat()
         facts.append(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}")
-    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:24]
+    return hashlib.sha256("\n".join(facts).encode("utf-8", "surrogateescape")).hexdigest()[:24]
 
 
 def load_without_weights(path: str, model_params: dict[str, bool]) -> None:
@@ -55,7 +56,7 @@ def load_without_weights(path: str, model_params: dict[str, bool]) -> None:
         setattr(params, name, value)
     params.no_alloc, params.load_mode, params.n_gpu_layers = True, llama.LLAMA_LOAD_MODE_NONE, 0
     with loaded.capture_log() as lines:
-        model = llama.llama_model_load_from_file(path.encode(), params)
+        model = llama.llama_model_load_from_file(os.fsencode(path), params)
     if not model:
         raise loaded.error(f"{path}: the engine cannot load it", lines)
     vocab = llama.llama_model_get_vocab(model)

@@ -124,8 +124,8 @@ class Chat:
 
     @property
     def used(self) -> int:
-        """Tokens in the context now."""
-        return self._session.n
+        """Tokens of the conversation in the context now: what is left of a forgotten one does not count."""
+        return self._session.n if self.messages else 0
 
     @property
     def total(self) -> int:
@@ -240,7 +240,7 @@ class Chat:
             return "stop"
         if answer.turn.generated + 1 == self.sampling.max_tokens:
             return "length"
-        return "context" if self.used >= self.total else None
+        return "context" if self._session.n >= self.total else None
 
     def _alternatives(self, logprobs: NDArray[np.float64]) -> tuple[Alternative, ...]:
         count = min(self.n_alternatives, len(logprobs))

@@ -29,6 +29,9 @@ PLAIN = (
 PLAIN_STOP = ("\nUser:",)
 
 
+_SENTINEL = "\ue000system\ue001"  # private use: in no question
+
+
 @dataclass(frozen=True)
 class Message:
     """One turn of a conversation. `role` is "system", "user" or "assistant"."""
@@ -70,9 +73,14 @@ class ChatTemplate:
             if not _mergeable(messages):
                 raise
             text = None
-        if text is not None and (not _mergeable(messages) or messages[0].text.strip() in text):
+        if text is not None and (not _mergeable(messages) or self._shows_system(messages, now)):
             return Prompt(text)
         return Prompt(self._render(_merged(messages), add_generation_prompt, now), merged_system=True)
+
+    def _shows_system(self, messages: Sequence[Message], now: datetime | None) -> bool:
+        """Whether the template writes a system message at all: one that nothing else can contain is looked for."""
+        marked = [replace(messages[0], text=_SENTINEL), *messages[1:]]
+        return _SENTINEL in self._render(marked, False, now)
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool, now: datetime | None) -> str:
         import jinja2
@@ -96,6 +104,8 @@ class ChatTemplate:
             ) from error
         except (RecursionError, MemoryError) as error:
             raise InvalidModel(f"the model's chat template does not end: {type(error).__name__}") from error
+        except RuntimeError as error:
+            raise LlmkitError(f"the model's chat template fails at line {_line(error)}: {error}") from error
 
 
 def _mergeable(messages: Sequence[Message]) -> bool:
@@ -129,8 +139,9 @@ def _compile(source: str) -> jinja2.Template:
         return _environment().from_string(source)
     except jinja2.TemplateSyntaxError as error:
         raise InvalidModel(f"the model's chat template is broken at line {error.lineno}: {error.message}") from error
-    except RecursionError as error:
-        raise InvalidModel("the model's chat template is nested too deeply") from error
+    except (RecursionError, MemoryError, SyntaxError, ValueError, OverflowError) as error:
+        # Jinja writes Python, which has limits of its own
+        raise InvalidModel(f"the model's chat template cannot be compiled: {type(error).__name__}: {error}") from error
 
 
 def _environment() -> jinja2.Environment:

@@ -1,7 +1,8 @@
 """Talk with a model in the terminal.
 
-MODEL is a GGUF file. Answers stream to stdout, all else goes to stderr. Ctrl-C stops an answer; /exit, the end of the
-input, or Ctrl-C once more leaves. Without a terminal each line of the input is a question.
+MODEL is a GGUF file. Answers stream to stdout, with what commands print; notes go to stderr. Ctrl-C stops an answer;
+/exit, the end of the input, or Ctrl-C once more leaves. Without a terminal each line of the input is a question, unless
+it begins with one of the commands that /help lists.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import LlmkitError, ModelNotFound, Unsupported, nearest_hint
 from . import output
+from .quantize import count_argument
 
 if TYPE_CHECKING:
     from ..chat import Chat, Sampling, Step
@@ -46,21 +48,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, (kind, what) in SAMPLING.items():
         parser.add_argument(f"--{name}", type=kind, metavar="X" if kind is float else "N", help=what)
     parser.add_argument(
-        "--context", type=_positive, metavar="N", help="tokens the conversation may hold (default 4096)"
+        "--context", type=count_argument, metavar="N", help="tokens the conversation may hold (default 4096)"
     )
-    parser.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: all)")
-    parser.add_argument("--gpu-layers", type=int, metavar="N", help="layers on the GPU (default: all that it can take)")
+    parser.add_argument("--threads", type=count_argument, metavar="N", help="CPU threads (default: all)")
+    parser.add_argument(
+        "--gpu-layers",
+        type=lambda text: count_argument(text, least=0),
+        metavar="N",
+        help="layers on the GPU (default: all that it can take)",
+    )
     parser.add_argument("--prompt", metavar="TEXT", help="answer TEXT and leave; - reads it from the input")
     parser.add_argument(
         "--show-probabilities", action="store_true", help="colour tokens by probability, list the doubtful"
     )
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return number
 
 
 def run(args: argparse.Namespace) -> int:
@@ -80,7 +80,9 @@ def run(args: argparse.Namespace) -> int:
         chat = Chat(backend, system=system, sampling=sampling, context=args.context)
         _tell_about(chat)
         if args.prompt is None:
-            Conversation(chat, args.show_probabilities).hold(_typed_lines() if sys.stdin.isatty() else _piped_lines())
+            typed = sys.stdin.isatty()
+            talk = Conversation(chat, args.show_probabilities, typed)
+            talk.hold(_typed_lines() if typed else _piped_lines())
         else:
             answer(chat, sys.stdin.read() if args.prompt == "-" else args.prompt, args.show_probabilities)
     finally:
@@ -125,13 +127,18 @@ def answer(chat: Chat, question: str, show_probabilities: bool = False) -> list[
     steps: list[Step] = []
     said = chat.say(question)
     try:
+        held = 0.0  # the least logprob among tokens whose text has not been shown: together they make a character
         for step in said:
             steps.append(step)
-            show_step(step, coloured=show_probabilities)
+            held = min(held, step.logprob)
+            show_step(replace(step, logprob=held), coloured=show_probabilities)
+            held = 0.0 if step.text else held
     finally:
         said.close()  # keeps the partial answer in the chat
         output.emit()
-        if steps:
+        if not steps:
+            output.note("Stopped before the answer; the question is not kept.")
+        else:
             if show_probabilities:
                 show_doubtful(steps)
             output.note(_dim(_figures(chat)))
@@ -146,7 +153,7 @@ def show_step(step: Step, *, coloured: bool) -> None:
         return
     text = step.text
     if sys.stdout.isatty():  # a model must not drive the terminal
-        text = "".join(char if char in "\n\t" else output.printable(char) for char in text)
+        text = "".join(char if char in "\n\t" else output.printable(char) for char in text if char != "\r")
     output.emit(
         output.paint(text, colour=output.probability_colour(math.exp(step.logprob))) if coloured else text, end=""
     )
@@ -222,8 +229,9 @@ def _piped_lines() -> Iterator[str]:
 class Conversation:
     """The loop: questions are answered, lines that begin with / are commands (COMMANDS)."""
 
-    def __init__(self, chat: Chat, show_probabilities: bool = False) -> None:
+    def __init__(self, chat: Chat, show_probabilities: bool = False, typed: bool = True) -> None:
         self.chat = chat
+        self.typed = typed
         self.show_probabilities = show_probabilities
         self.over = False
 
@@ -250,6 +258,9 @@ class Conversation:
             return
         word, _, rest = line.partition(" ")
         command = COMMANDS.get(word)
+        if command is None and not self.typed:
+            answer(self.chat, line, self.show_probabilities)
+            return
         if command is None:
             raise Unsupported(f"unknown command '{word}'", nearest_hint(word, COMMANDS))
         command.run(self, rest.strip())

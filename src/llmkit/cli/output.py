@@ -22,6 +22,7 @@ _quiet = False
 # 256-colour ramp from unlikely (red) to likely (blue-green): readable on light and dark grounds, and for
 # readers who cannot tell red from green
 _RAMP = (160, 166, 172, 178, 143, 108, 73, 37, 31)
+_DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # they reorder what is read
 _CLEAR_LINE = "\r\x1b[K"
 
 
@@ -142,8 +143,15 @@ def amount(count: float, unit: str = "B") -> str:
 
 
 def printable(text: str) -> str:
-    """`text` with control characters escaped: names in model files must not drive the terminal."""
-    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
+    """`text` with what drives a terminal escaped: control characters, surrogates, changes of writing direction."""
+    if text.isascii() and text.isprintable():
+        return text
+    import unicodedata
+
+    def drives(char: str) -> bool:
+        return char != "\n" and (unicodedata.category(char) in ("Cc", "Cs") or char in _DIRECTIONS)
+
+    return "".join(repr(char)[1:-1] if drives(char) else char for char in text)
 
 
 def one_line(text: str, width: int | None = None) -> str:

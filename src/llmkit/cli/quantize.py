@@ -24,10 +24,10 @@ KEPT = "What is done is kept in the .partial files: run the same command again t
 _UNITS = {"K": 10**3, "M": 10**6, "G": 10**9}
 
 
-def count_argument(text: str) -> int:
-    """A whole number of at least 1."""
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+def count_argument(text: str, least: int = 1) -> int:
+    """A whole number of at least `least` that fits the engine's integers."""
+    if not text.isascii() or not text.isdigit() or not least <= int(text[:20]) < 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least} to {2**31 - 1}")
     return int(text)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from .child import EngineDied, run_in_child
 from .interrupts import held_interrupts
-from .library import Device, Engine, load
+from .library import Device, Engine, load, show_log
 from .probe import Verdict, safe_model_params, verdict
 
 __all__ = [
@@ -24,5 +24,6 @@ __all__ = [
     "load",
     "run_in_child",
     "safe_model_params",
+    "show_log",
     "verdict",
 ]

@@ -141,13 +141,24 @@ class Engine:
         return found
 
 
+_echo: int | None = None
+
+
+def show_log() -> None:
+    """From now on, let the engine's log be seen on stderr."""
+    global _echo
+    _echo = 2
+    for engine in _loaded:
+        engine.log.echo = _echo
+
+
 class Log:
     """The engine's log: it comes in pieces, is kept as lines. Only the last lines are kept."""
 
     def __init__(self) -> None:
         self.recent: deque[str] = deque(maxlen=_KEPT_LINES)
         self.listeners: list[list[str]] = []
-        self.echo: int | None = None  # a file descriptor: a child process shows its last words there
+        self.echo = _echo  # a file descriptor: a child process shows its last words there
         self._pending = ""
         self._lock = threading.Lock()
 

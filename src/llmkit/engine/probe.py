@@ -29,10 +29,10 @@ from .library import load
 
 _EVALUATE = "llmkit.engine.probe:evaluate"
 _TIMEOUT = 60.0
-_FORMAT = 1  # of the remembered file; raise it when the probe tests more
+_FORMAT = 2  # of the remembered file; raise it when the probe tests more
 _WIDTH, _VOCAB, _LAYERS = 256, 256, 3
 # every type with kernels of its own for some CPU (ggml/src/ggml-cpu: amx/mmq.cpp, repack.cpp), then others
-_PROBED = "Q4_0 Q4_1 Q8_0 Q4_K Q5_K Q6_K IQ4_XS IQ4_NL Q2_K Q3_K Q5_0 Q5_1 F16 BF16".split()
+_PROBED = "Q4_0 Q4_1 Q8_0 Q4_K Q5_K Q6_K IQ4_XS IQ4_NL Q2_K Q3_K Q5_0 Q5_1 MXFP4 F16 BF16".split()
 _MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 _ATTEMPTS: tuple[dict[str, bool], ...] = ({}, {"use_extra_bufts": False})
 REBUILD = (
@@ -75,8 +75,9 @@ def verdict() -> Verdict:
     path = settings.home() / "engine" / f"{_key(build, cpu)}.json"
     known = _remembered(path)
     if known is None:
-        known = _probe(build, _digest(cpu))
-        _remember(path, known)
+        known, certain = _probe(build, _digest(cpu))
+        if certain:
+            _remember(path, known)
     return known
 
 
@@ -121,7 +122,8 @@ def _remember(path: Path, found: Verdict) -> None:
         pass
 
 
-def _probe(build: str, cpu: str) -> Verdict:
+def _probe(build: str, cpu: str) -> tuple[Verdict, bool]:
+    """A verdict, and whether it is certain: a child that was killed or too slow says nothing of the CPU."""
     with tempfile.TemporaryDirectory(prefix="llmkit-probe-") as folder:
         path = Path(folder) / "probe.gguf"
         _write_tiny_model(path)
@@ -138,7 +140,8 @@ def _probe(build: str, cpu: str) -> Verdict:
                 failures.append(f"with {_words(attempt)} {reason}")
                 continue
             found = failures[0] if failures else "the usual settings work"
-            return Verdict(build, cpu, attempt, found, time.strftime("%Y-%m-%d"))
+            certain = not any(word in failure for failure in failures for word in ("SIGKILL", "no answer after"))
+            return Verdict(build, cpu, attempt, found, time.strftime("%Y-%m-%d")), certain
     raise EngineError("the engine does not run on this CPU:\n  " + "\n  ".join(failures), REBUILD)
 
 
@@ -191,7 +194,7 @@ def evaluate(path: str, model_params: dict[str, Any]) -> float:
     params.n_gpu_layers = 0
     for name, value in model_params.items():
         setattr(params, name, value)
-    model = llama.llama_model_load_from_file(path.encode(), params)
+    model = llama.llama_model_load_from_file(os.fsencode(path), params)
     if not model:
         raise engine.error("the engine cannot load the probe's model")
     context_params = llama.llama_context_default_params()
