@@ -154,7 +154,11 @@ def test_absurd_number_of_layers(cli: Cli, model: Path) -> None:
 
 def test_settings_of_other_families(cli: Cli, tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
     cases: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
-        ("qwen2", {"use_sliding_window": True}, ("'use_sliding_window'",)),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 16},
+            ("'use_sliding_window'",),
+        ),
         ("qwen3", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ("'llama3'",)),
         ("gemma3", {"query_pre_attn_scalar": 100}, ("'query_pre_attn_scalar'", "100")),
         ("gemma3", {"attn_logit_softcapping": 50.0}, ("'attn_logit_softcapping'",)),

@@ -62,7 +62,9 @@ class EngineError(LlmkitError):
 
 def nearest(word: str, known: Iterable[str], count: int = 3) -> list[str]:
     """The `count` names in `known` closest to `word`, ignoring case; may be empty."""
-    by_lower = {name.lower(): name for name in known}
+    by_lower: dict[str, str] = {}
+    for name in known:
+        by_lower.setdefault(name.lower(), name)
     return [by_lower[match] for match in difflib.get_close_matches(word.lower(), by_lower, count, 0.5)]
 
 
