@@ -18,7 +18,7 @@ from conftest import GgufOf, TinyCheckpoint
 from llmkit import backends, engine, gguf
 from llmkit.backends import Backend, llamacpp
 from llmkit.backends.scripted import Scripted
-from llmkit.errors import EngineError
+from llmkit.errors import EngineError, Unsupported
 from llmkit.progress import Progress
 
 FRANCE = [504, 3575, 282, 4649, 314]  # "The capital of France is"
@@ -158,6 +158,12 @@ def test_a_full_context_is_refused_before_anything_is_evaluated(smol: Backend) -
     assert session.n == 5
     assert session.eval(FRANCE[:3]).logits.shape == (1, 49152)
     session.close()
+
+
+@pytest.mark.parametrize("context", [-1, 0, 2**31, 2**32 + 128])
+def test_a_context_that_is_no_int32_is_refused(smol: Backend, context: int) -> None:
+    with pytest.raises(Unsupported, match=str(context)):
+        smol.session(context)
 
 
 @pytest.mark.parametrize(("tokens", "layers"), [([], ()), ([49152], ()), ([-1], ()), ([1], (0,))])

@@ -53,9 +53,9 @@ def test_lines_from_a_pipe_are_turns_and_commands(cli: Cli, smollm2_gguf: Path) 
     done = cli("chat", smollm2_gguf, *GREEDY, input=lines)
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout and "Rome" in done.stdout
-    assert "4 messages" in done.stdout
+    assert "4 messages" in done.stderr and "messages" not in done.stdout
     assert "reused)" in done.stderr
-    assert "top-k           5" in done.stdout
+    assert "top-k           5" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_commands_change_the_conversation(capsys: pytest.CaptureFixture[str]) ->
     conversation.hold(["/system tutor", "/clear", "/set seed off", "/help"])
     assert conversation.chat.messages == [] and conversation.chat.sampling.seed is None
     assert conversation.chat.system and "\n" not in conversation.chat.system[:5]
-    shown = capsys.readouterr().out
+    shown = capsys.readouterr().err  # stdout is no terminal here
     assert all(command in shown for command in cli_chat.COMMANDS)
     conversation.hold(["/system off"])
     assert conversation.chat.system is None
@@ -258,12 +258,52 @@ def test_a_context_beyond_the_engine_s_integers(cli: Cli, smollm2_gguf: Path) ->
 
 def test_a_piped_line_that_begins_with_a_slash(cli: Cli, smollm2_gguf: Path) -> None:
     done = cli("chat", smollm2_gguf, *GREEDY, input="/usr/bin/env: what is it?\n/context\n")
-    assert done.returncode == 0 and "2 messages" in done.stdout, done.stderr
+    assert done.returncode == 0 and "2 messages" in done.stderr, done.stderr
 
 
 def test_the_gauge_after_clear(cli: Cli, smollm2_gguf: Path) -> None:
     done = cli("chat", smollm2_gguf, *GREEDY, input="Hello\n/clear\n/context\n")
-    assert "0 of " in done.stdout
+    assert "\n0 of " in done.stderr
+
+
+@pytest.mark.parametrize(("option", "value"), [("--threads", 513), ("--threads", "x"), ("--gpu-layers", 2**31)])
+def test_numbers_beyond_the_engine_s_bounds(cli: Cli, option: str, value: object) -> None:
+    done = cli("chat", "model.gguf", option, value)
+    assert done.returncode == 2 and f"argument {option}: '{value}' is not a number from" in done.stderr
+
+
+def test_a_refused_question_is_not_called_stopped(cli: Cli, smollm2_gguf: Path) -> None:
+    done = cli("chat", smollm2_gguf, "--context", 8, "--prompt", "What is the capital of France?")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "the context holds" in done.stderr and "Stopped" not in done.stderr
+
+
+def test_ctrl_c_before_the_answer_keeps_no_question(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat = Chat(Scripted(["Yes."]), context=100)
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat._session, "eval", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cli_chat.answer(chat, "Hi")
+    assert "Stopped before the answer; the question is not kept." in capsys.readouterr().err
+    assert chat.messages == []
+
+
+def test_the_prompt_does_not_go_into_a_file(smollm2_gguf: Path) -> None:
+    import pty
+
+    ours, theirs = pty.openpty()  # the input is a terminal, the output is not
+    os.write(ours, b"/context\n/exit\n")
+    command = [sys.executable, "-m", "llmkit", "chat", str(smollm2_gguf), "--threads", "1"]
+    done = subprocess.run(command, stdin=theirs, capture_output=True, env=cli_environment(), timeout=60, text=True)
+    os.close(ours)
+    os.close(theirs)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    assert done.stderr.count("> ") == 2 and "0 messages" in done.stderr
 
 
 def test_a_file_name_that_is_not_utf8(cli: Cli, smollm2_gguf: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from importlib import metadata
@@ -137,7 +138,8 @@ def test_package_versions(package: str, found: str | None, status: str) -> None:
 def test_a_cpu_that_needs_the_slow_setting() -> None:
     check = doctor.trial(Verdict("build", "cpu", {"use_extra_bufts": False}, "died of SIGILL"))
     assert check.status == "warn" and "use_extra_bufts=False" in check.found and "make engine" in check.remedy
-    assert doctor.trial(Verdict("build", "cpu")).status == "ok"
+    fast = doctor.trial(Verdict("build", "cpu"))
+    assert fast.status == "ok" and f" {len(engine.PROBED_TYPES)} tensor types" in fast.found
 
 
 def test_a_build_for_another_cpu() -> None:
@@ -185,3 +187,20 @@ def test_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "LITTLE_DISK", shutil.disk_usage(tmp_path).total + 1)
     little = doctor.disk("kept files", folder)
     assert little.status == "warn" and "LLMKIT_HOME" in little.remedy
+
+
+@pytest.mark.parametrize("home", ["file", "file/below", "n" * 300])
+def test_a_home_that_cannot_be_a_folder(tmp_path: Path, home: str) -> None:
+    (tmp_path / "file").touch()
+    check = doctor.disk("kept files", tmp_path / home)
+    assert check.status == "warn" and "LLMKIT_HOME" in check.remedy
+
+
+def test_the_current_folder_was_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    os.chdir(gone)
+    gone.rmdir()
+    assert doctor.disk("this folder", Path()).status == "warn"
+    assert "free" in doctor.disk("kept files", tmp_path).found

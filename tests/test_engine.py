@@ -338,6 +338,20 @@ def always_crash(path: str, model_params: dict[str, bool]) -> float:
     return 0.0
 
 
+def killed_unless_safe(path: str, model_params: dict[str, bool]) -> float:
+    """As when memory ran out: that says nothing of the CPU."""
+    if not model_params:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return 1.0
+
+
+def refused_unless_safe(path: str, model_params: dict[str, bool]) -> float:
+    """As when the engine finds no memory."""
+    if not model_params:
+        raise EngineError("the engine cannot make a context for the probe's model")
+    return 1.0
+
+
 def _probe_with(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Let the real probe run a child that really dies."""
 
@@ -354,6 +368,16 @@ def test_a_crash_with_the_usual_settings_leads_to_the_safe_ones(
     assert engine.safe_model_params() == {"use_extra_bufts": False}
     assert not engine.verdict().full_speed
     assert "SIGILL" in engine.verdict().found
+    assert [path.suffix for path in (fresh_home / "engine").iterdir()] == [".json"]
+
+
+@pytest.mark.parametrize("name", ["killed_unless_safe", "refused_unless_safe"])
+def test_what_may_not_come_again_is_not_remembered(
+    fresh_home: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    _probe_with(monkeypatch, name)
+    assert engine.safe_model_params() == {"use_extra_bufts": False}
+    assert not (fresh_home / "engine").exists()
 
 
 def test_when_nothing_works_the_rebuild_command_is_given(fresh_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -225,6 +225,11 @@ class LlamaCppSession:
         if not context:
             what = f"{self._backend.file.path}: the engine cannot make a context of {self.context} tokens"
             raise self._engine.error(what, lines, "Try a smaller context.")
+        made = llama.llama_n_ctx(context)
+        if made < self.context:
+            llama.llama_free(context)
+            what = f"{self._backend.file.path}: asked for a context of {self.context} tokens, the engine made {made}"
+            raise self._engine.error(what, lines, "Try a smaller context.")
         return context
 
     def eval(self, tokens: Sequence[int], *, logits: Rows = "last", layers: Sequence[int] = ()) -> Eval:

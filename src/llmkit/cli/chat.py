@@ -1,8 +1,8 @@
 """Talk with a model in the terminal.
 
-MODEL is a GGUF file. Answers stream to stdout, with what commands print; notes go to stderr. Ctrl-C stops an answer;
-/exit, the end of the input, or Ctrl-C once more leaves. Without a terminal each line of the input is a question, unless
-it begins with one of the commands that /help lists.
+MODEL is a GGUF file. Answers stream to stdout, notes to stderr; what commands print goes to stdout only where that is a
+terminal. Ctrl-C stops an answer; /exit, the end of the input, or Ctrl-C once more leaves. Without a terminal each line
+of the input is a question, unless its first word is one of the commands that /help lists.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ EXAMPLES = (
     "llmkit chat model.gguf --system tutor --temperature 0.2",
     'llmkit chat model.gguf --prompt "Where is Paris?" --show-probabilities',
 )
+MOST_THREADS = 512  # the engine's own limit (ggml/include/ggml.h: GGML_MAX_N_THREADS)
 KEPT = "The answer ends here."
 _DIM = 244
 # option of the command line and name in /set → type; the names are Sampling's
@@ -50,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--context", type=count_argument, metavar="N", help="tokens the conversation may hold (default 4096)"
     )
-    parser.add_argument("--threads", type=count_argument, metavar="N", help="CPU threads (default: all)")
+    parser.add_argument("--threads", type=_thread_count, metavar="N", help="CPU threads (default: all)")
     parser.add_argument(
         "--gpu-layers",
         type=lambda text: count_argument(text, least=0),
@@ -61,6 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--show-probabilities", action="store_true", help="colour tokens by probability, list the doubtful"
     )
+
+
+def _thread_count(text: str) -> int:
+    if (count := count_argument(text)) > MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {MOST_THREADS}")
+    return count
 
 
 def run(args: argparse.Namespace) -> int:
@@ -125,6 +133,7 @@ def _tell_about(chat: Chat) -> None:
 def answer(chat: Chat, question: str, show_probabilities: bool = False) -> list[Step]:
     """Ask and stream the answer to stdout, then its figures to stderr. Returns its steps."""
     steps: list[Step] = []
+    stopped = False
     said = chat.say(question)
     try:
         held = 0.0  # the least logprob among tokens whose text has not been shown: together they make a character
@@ -133,12 +142,16 @@ def answer(chat: Chat, question: str, show_probabilities: bool = False) -> list[
             held = min(held, step.logprob)
             show_step(replace(step, logprob=held), coloured=show_probabilities)
             held = 0.0 if step.text else held
+    except KeyboardInterrupt:
+        stopped = True
+        raise
     finally:
         said.close()  # keeps the partial answer in the chat
-        output.emit()
-        if not steps:
+        if steps or stopped:
+            output.emit()
+        if stopped and not steps:
             output.note("Stopped before the answer; the question is not kept.")
-        else:
+        if steps:
             if show_probabilities:
                 show_doubtful(steps)
             output.note(_dim(_figures(chat)))
@@ -198,6 +211,11 @@ def _dim(text: str) -> str:
 # ── the conversation ──
 
 
+def _aside() -> AbstractContextManager[Any]:
+    """Inside, what is no answer is printed: to stderr where stdout is no terminal, so that a file gets answers only."""
+    return nullcontext() if sys.stdout.isatty() else redirect_stdout(sys.stderr)
+
+
 def _typed_lines() -> Iterator[str]:
     """Lines from the terminal. Ctrl-C drops a line, the second one in a row ends the input."""
     try:
@@ -207,17 +225,20 @@ def _typed_lines() -> Iterator[str]:
     interrupted = False
     while True:
         try:
-            line = input("> ")
+            with _aside():
+                line = input("> ")
             interrupted = False
             yield line
         except KeyboardInterrupt:
-            output.emit()
+            with _aside():
+                output.emit()
             if interrupted:
                 return
             interrupted = True
             output.note("Ctrl-C once more, or /exit, leaves.")
         except EOFError:
-            output.emit()
+            with _aside():
+                output.emit()
             return
 
 
@@ -263,7 +284,8 @@ class Conversation:
             return
         if command is None:
             raise Unsupported(f"unknown command '{word}'", nearest_hint(word, COMMANDS))
-        command.run(self, rest.strip())
+        with _aside():
+            command.run(self, rest.strip())
 
     def help(self, _: str) -> None:
         """Show the commands."""

@@ -88,7 +88,7 @@ def examine() -> Iterator[Check]:
     yield from engine_checks()
     yield memory()
     yield disk("kept files", settings.home())
-    yield disk("this folder", Path.cwd())
+    yield disk("this folder", Path())
     for extra, package in EXTRAS.items():
         found = _installed(package)
         missing = f"not installed; optional: pip install 'llmkit[{extra}]'"
@@ -163,8 +163,11 @@ def engine_checks() -> Iterator[Check]:
 
 def trial(verdict: Verdict) -> Check:
     """What the engine's trial on this CPU said; a slower setting that avoids a crash is worth a warning."""
+    from ..engine import PROBED_TYPES
+
     if verdict.full_speed:
-        return Check("engine trial", OK, "a small model of fifteen tensor types ran on this CPU at full speed")
+        found = f"a small model of {len(PROBED_TYPES)} tensor types ran on this CPU at full speed"
+        return Check("engine trial", OK, found)
     needed = ", ".join(f"{name}={value}" for name, value in verdict.settings.items())
     found = f"the usual settings crash on this CPU; llmkit uses {needed}, which is slower"
     return Check("engine trial", WARN, found, f"for full speed build the engine for this CPU: {REBUILD}")
@@ -250,13 +253,18 @@ def memory_bytes() -> tuple[int, int | None]:
 
 def disk(what: str, folder: Path) -> Check:
     """Room and right to write where `folder` is, or will be."""
-    name, free = f"disk, {what}", store.free_nbytes(folder)
-    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    name, other = f"disk, {what}", "choose another folder: --out, or LLMKIT_HOME"
+    try:
+        folder = folder if folder.is_absolute() else Path.cwd() / folder  # cwd fails where it has been deleted
+        free = store.free_nbytes(folder)
+        there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    except OSError as error:  # also a name too long, or a folder nobody may look into
+        return Check(name, WARN, f"{folder} cannot be used: {error.strerror or error}", other)
     found = f"{output.size(free)} free in {folder}"
     if not there.is_dir():
-        return Check(name, BAD, f"{there} is no folder", "choose another: --out, or LLMKIT_HOME")
+        return Check(name, WARN, f"{there} is no folder", other)
     if not os.access(there, os.W_OK):
-        return Check(name, WARN, f"{there} may not be written", "choose another folder: --out, or LLMKIT_HOME")
+        return Check(name, WARN, f"{there} may not be written", other)
     if free < LITTLE_DISK:
         return Check(name, WARN, found, "make room, or choose a folder on a larger disk: --out, or LLMKIT_HOME")
     return Check(name, OK, found)

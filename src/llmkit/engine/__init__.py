@@ -13,9 +13,10 @@ from __future__ import annotations
 from .child import EngineDied, run_in_child
 from .interrupts import held_interrupts
 from .library import Device, Engine, load, show_log
-from .probe import Verdict, safe_model_params, verdict
+from .probe import PROBED_TYPES, Verdict, safe_model_params, verdict
 
 __all__ = [
+    "PROBED_TYPES",
     "Device",
     "Engine",
     "EngineDied",

@@ -32,8 +32,15 @@ _TIMEOUT = 60.0
 _FORMAT = 2  # of the remembered file; raise it when the probe tests more
 _WIDTH, _VOCAB, _LAYERS = 256, 256, 3
 # every type with kernels of its own for some CPU (ggml/src/ggml-cpu: amx/mmq.cpp, repack.cpp), then others
-_PROBED = "Q4_0 Q4_1 Q8_0 Q4_K Q5_K Q6_K IQ4_XS IQ4_NL Q2_K Q3_K Q5_0 Q5_1 MXFP4 F16 BF16".split()
+PROBED_TYPES = tuple("Q4_0 Q4_1 Q8_0 Q4_K Q5_K Q6_K IQ4_XS IQ4_NL Q2_K Q3_K Q5_0 Q5_1 MXFP4 F16 BF16".split())
 _MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+_NO_NUMBERS = "logits that are no numbers"
+# ends of a child that tell of this CPU; others (killed, too slow, no memory) may not come again
+_TELLING = (
+    *(f"died of {name}" for name in ("SIGILL", "SIGSEGV", "SIGABRT", "SIGBUS", "SIGFPE")),
+    "crashed (code",  # Windows
+    _NO_NUMBERS,
+)
 _ATTEMPTS: tuple[dict[str, bool], ...] = ({}, {"use_extra_bufts": False})
 REBUILD = (
     'Build the engine for this machine, without AMX: CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON'
@@ -123,7 +130,7 @@ def _remember(path: Path, found: Verdict) -> None:
 
 
 def _probe(build: str, cpu: str) -> tuple[Verdict, bool]:
-    """A verdict, and whether it is certain: a child that was killed or too slow says nothing of the CPU."""
+    """A verdict, and whether it may be remembered: all that failed did so in a way that tells of the CPU."""
     with tempfile.TemporaryDirectory(prefix="llmkit-probe-") as folder:
         path = Path(folder) / "probe.gguf"
         _write_tiny_model(path)
@@ -140,7 +147,7 @@ def _probe(build: str, cpu: str) -> tuple[Verdict, bool]:
                 failures.append(f"with {_words(attempt)} {reason}")
                 continue
             found = failures[0] if failures else "the usual settings work"
-            certain = not any(word in failure for failure in failures for word in ("SIGKILL", "no answer after"))
+            certain = all(any(end in failure for end in _TELLING) for failure in failures)
             return Verdict(build, cpu, attempt, found, time.strftime("%Y-%m-%d")), certain
     raise EngineError("the engine does not run on this CPU:\n  " + "\n  ".join(failures), REBUILD)
 
@@ -165,7 +172,7 @@ def _write_tiny_model(path: Path) -> None:
     matrices = ["token_embd", "output"]
     matrices += [f"blk.{layer}.{matrix}" for layer in range(_LAYERS) for matrix in _MATRICES]
     norms = ["output_norm"] + [f"blk.{layer}.{norm}" for layer in range(_LAYERS) for norm in ("attn_norm", "ffn_norm")]
-    types = [TENSOR_TYPES[_PROBED[index % len(_PROBED)]] for index in range(len(matrices))]
+    types = [TENSOR_TYPES[PROBED_TYPES[index % len(PROBED_TYPES)]] for index in range(len(matrices))]
     rows = [(f"{name}.weight", (_VOCAB, _WIDTH), kind, _weights(kind, index)) for index, (name, kind) in
             enumerate(zip(matrices, types, strict=True))]  # fmt: skip
     ones = b"\0\0\x80\x3f" * _WIDTH
@@ -209,7 +216,7 @@ def evaluate(path: str, model_params: dict[str, Any]) -> float:
             raise engine.error("the engine cannot evaluate the probe's model")
         logits = llama.llama_get_logits_ith(context, -1)[:_VOCAB]
         if not all(map(math.isfinite, logits)) or not any(logits):
-            raise EngineError(f"{count} tokens through the probe's model gave logits that are no numbers, or all zero")
+            raise EngineError(f"{count} tokens through the probe's model gave {_NO_NUMBERS}, or all zero")
         largest = max(largest, *logits)
     llama.llama_free(context)
     llama.llama_model_free(model)
