@@ -8,20 +8,21 @@ Knows nothing of weights' meaning; writing is gguf_writer.py.
 from __future__ import annotations
 
 import mmap
-import re
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from .errors import AccessDenied, InvalidModel, LlmkitError, ModelNotFound
-from .gguf_values import Array, Cursor, Value, ValueType
+from .gguf_values import Array, Cursor, Truncated, Value, ValueType
+from .model import SPLIT_NAME
 from .quants import TENSOR_TYPES_BY_ID, TensorType
 
-__all__ = ["MAGIC", "SPLIT_NAME", "Array", "GgufFile", "TensorInfo", "Value", "ValueType", "read"]
+__all__ = [
+    "MAGIC", "SPLIT_NAME", "Array", "GgufFile", "TensorInfo", "Truncated", "Value", "ValueType", "read", "read_start",
+]  # fmt: skip
 
 MAGIC = b"GGUF"
-SPLIT_NAME = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
 _MAX_DIMS = 4  # GGML_MAX_DIMS
 _NAMES = "Give the parts the names they were published under."
 
@@ -87,6 +88,15 @@ def read(path: str | Path) -> GgufFile:
     return _join(parts)
 
 
+def read_start(path: Path, start: bytes, nbytes: int) -> GgufFile:
+    """The header of a file (or part) of `nbytes` bytes, of which only the beginning is at hand, with nothing opened.
+
+    Raises Truncated when the header goes on after `start`, InvalidModel as `read` does.
+    """
+    _check_magic(path, start)
+    return _parse(path, start, nbytes)
+
+
 def _join(parts: list[GgufFile]) -> GgufFile:
     tensors: dict[str, TensorInfo] = {}
     for part in parts:
@@ -107,7 +117,7 @@ def _read_part(path: Path) -> GgufFile:
             start = file.read(512)
             _check_magic(path, start)
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-                return _parse(path, view)
+                return _parse(path, view, len(view))
     except FileNotFoundError:
         raise ModelNotFound(f"{path}: no such file") from None
     except IsADirectoryError:
@@ -133,8 +143,8 @@ def _check_magic(path: Path, start: bytes) -> None:
     raise InvalidModel(f"{path}: is not a GGUF file: expected it to begin with {MAGIC!r}, found {start[:4]!r}")
 
 
-def _parse(path: Path, view: mmap.mmap) -> GgufFile:
-    cursor = Cursor(view, str(path), 4)
+def _parse(path: Path, view: mmap.mmap | bytes, size: int) -> GgufFile:
+    cursor = Cursor(view, str(path), 4, size)
     version = cursor.u32("version")
     if version and version & 0xFFFF == 0:
         raise InvalidModel(
@@ -157,7 +167,7 @@ def _parse(path: Path, view: mmap.mmap) -> GgufFile:
     cursor.require(n_tensors, 24, "tensors")
     rows = [_tensor_row(cursor) for _ in range(n_tensors)]
     start = -(-cursor.position // alignment) * alignment
-    return GgufFile(path, version, metadata, _place(path, rows, start, alignment, len(view)), alignment, (path,))
+    return GgufFile(path, version, metadata, _place(path, rows, start, alignment, size), alignment, (path,))
 
 
 def _alignment(path: Path, metadata: dict[str, Value]) -> int:

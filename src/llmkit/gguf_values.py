@@ -19,6 +19,14 @@ from .errors import InvalidModel
 _MAX_DEPTH = 4  # of arrays in arrays; the engine itself reads none
 
 
+class Truncated(InvalidModel):
+    """The beginning of a file ended too soon: the file's first `needed` bytes are wanted, at least."""
+
+    def __init__(self, message: str, needed: int) -> None:
+        super().__init__(message)
+        self.needed = needed
+
+
 class ValueType(IntEnum):
     """Types of metadata values (ggml/include/gguf.h: gguf_type)."""
 
@@ -146,17 +154,26 @@ class Value:
 
 
 class Cursor:
-    """Reads forward through `buffer`, never past its end; `what` names the file in errors."""
+    """Reads forward through `buffer`, never past its end; `what` names the file in errors.
 
-    def __init__(self, buffer: mmap.mmap | bytes, what: str, position: int = 0) -> None:
+    `size` is the whole file's, where `buffer` is only its beginning.
+    """
+
+    def __init__(self, buffer: mmap.mmap | bytes, what: str, position: int = 0, size: int | None = None) -> None:
         self.buffer, self.what, self.position, self.end = buffer, what, position, len(buffer)
+        self.size = self.end if size is None else size
 
     def require(self, count: int, each: int, what: str) -> None:
         """Raise unless `count` things of at least `each` bytes can still follow."""
-        if count * each > self.end - self.position:
-            raise InvalidModel(
-                f"{self.what}: announces {count} {what} at byte {self.position}, but ends at byte {self.end}"
-            )
+        needed = self.position + count * each
+        if needed > self.end:
+            raise self._short(f"announces {count} {what} at byte {self.position}, but ends at byte {self.size}", needed)
+
+    def _short(self, message: str, needed: int) -> InvalidModel:
+        """The error for bytes up to `needed` that the buffer lacks: the whole file may have them or not."""
+        if needed > self.size:
+            return InvalidModel(f"{self.what}: {message}")
+        return Truncated(f"{self.what}: only its first {self.end} bytes are known", needed)
 
     def take(self, nbytes: int, what: str) -> bytes:
         """The next `nbytes`."""
@@ -220,10 +237,9 @@ class Cursor:
         buffer, position, last, unpack = self.buffer, self.position, self.end - 8, _U64.unpack_from
         for _ in range(count):
             if position > last:
+                position += 8  # of the next string's length
                 break
             position += 8 + unpack(buffer, position)[0]
-        else:
-            if position <= self.end:
-                self.position = position
-                return
-        raise InvalidModel(f"{self.what}: the strings of '{key}' run past the end of the file")
+        if position > self.end:
+            raise self._short(f"the strings of '{key}' run past the end of the file", position)
+        self.position = position
