@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -20,6 +21,8 @@ from .errors import AccessDenied, InvalidModel, LlmkitError, ModelNotFound
 
 _MAX_HEADER = 100_000_000  # the format's own limit
 _MAX_JSON = 256_000_000
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 DTYPE_BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32,
     "U16": 16, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
@@ -39,13 +42,26 @@ class StoredTensor:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where a folder of the Hugging Face cache comes from. `hashes`: file name → sha256, or git's sha1 of the blob.
+
+    Hashes are the names of the blobs: whoever put them there has verified them. Copied files have none.
+    """
+
+    repo: str
+    commit: str
+    hashes: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Checkpoint:
-    """A folder: its config, its tensors' headers, the safetensors files they lie in."""
+    """A folder: its config, its tensors' headers, the safetensors files they lie in, and its origin where it shows."""
 
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, StoredTensor]
     paths: tuple[Path, ...]
+    origin: Origin | None = None
 
 
 def read(folder: str | Path) -> Checkpoint:
@@ -79,7 +95,25 @@ def _read(folder: Path) -> Checkpoint:
             tensors[tensor.name] = tensor
     if index is not None:
         _verify_index(folder, index, tensors)
-    return Checkpoint(folder, config, tensors, paths)
+    return Checkpoint(folder, config, tensors, paths, origin_of(folder))
+
+
+def origin_of(folder: Path) -> Origin | None:
+    """The origin of a folder that is …/models--ORG--NAME/snapshots/COMMIT with links to ../../blobs/HASH; else None."""
+    folder = folder.resolve()
+    repository = folder.parent.parent
+    kind, *parts = repository.name.split("--")
+    if folder.parent.name != "snapshots" or kind != "models" or not parts or not _COMMIT.fullmatch(folder.name):
+        return None
+    try:
+        links = {path.name: os.readlink(path) for path in folder.iterdir() if path.is_symlink()}
+    except OSError:  # may be entered, not listed
+        links = {}
+    # one link only, not what it leads to in the end: blobs may be links themselves
+    blobs = {name: Path(os.path.normpath(folder / link)) for name, link in links.items()}
+    known = {name: blob.name for name, blob in blobs.items() if blob.parent == repository / "blobs"}
+    hashes = {name: blob for name, blob in known.items() if _HASH.fullmatch(blob)}
+    return Origin("/".join(parts), folder.name, hashes)
 
 
 def _look_inside(folder: Path) -> str:

@@ -8,11 +8,11 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..checkpoint import Checkpoint, StoredTensor
+from ..checkpoint import Checkpoint, Origin, StoredTensor, origin_of
 from ..errors import InvalidModel, Unsupported
 from ..gguf import SPLIT_NAME, GgufFile, Value
 from ..quants import F32, QUANTS, TensorType
@@ -20,12 +20,12 @@ from . import architectures, metadata, tensors, vocab
 from .architectures import Architecture, Row
 from .config import Config
 from .tensors import LazyTensor
+from .vocab import Vocabulary
 
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 # left behind by bitsandbytes, old transformers and torch; they hold nothing a model needs (llama.cpp skips them too)
 _LEFTOVERS = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq", ".SCB", ".weight_format")
 _QUANT_SUFFIX = re.compile(rf"[-._](?:{'|'.join(QUANTS.keys() - {'COPY'})})$", re.IGNORECASE)
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _TEXTS = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
     "added_tokens.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
@@ -37,7 +37,8 @@ _SAMPLE = 4096
 class GgufDraft:
     """What a GGUF will hold. `notes` are remarks for people; `paths` the files that are read.
 
-    `fingerprint` identifies the source: sha256 over its headers and samples of its weights, not over every byte.
+    `fingerprint` identifies the source: sha256 over its headers and the content hashes of its files. Files whose hash
+    is not known are in it with samples of their weights, not every byte; `sampled` names them.
     """
 
     name: str
@@ -46,6 +47,8 @@ class GgufDraft:
     paths: tuple[Path, ...]
     fingerprint: str
     notes: tuple[str, ...] = ()
+    sampled: tuple[Path, ...] = ()
+    origin: Origin | None = None
 
     @property
     def own_type(self) -> TensorType:
@@ -69,10 +72,11 @@ def stays_float32(name: str, shape: tuple[int, ...]) -> bool:
     return len(shape) < 2 or not name.endswith(".weight") or name.endswith("_norm.weight")
 
 
-def from_checkpoint(checkpoint: Checkpoint, *, pre: str | None = None) -> GgufDraft:
+def from_checkpoint(checkpoint: Checkpoint, *, pre: str | None = None, tokenizer: bool = True) -> GgufDraft:
     """The GGUF a checkpoint becomes. `pre` overrides the detected pre-tokenizer.
 
-    Raises Unsupported (architecture, setting, dtype, tensor nobody maps, pre-tokenizer), InvalidModel (inconsistent).
+    Without `tokenizer` its files are not looked at: a draft to be measured, not written. Raises Unsupported
+    (architecture, setting, dtype, tensor nobody maps, pre-tokenizer), InvalidModel (inconsistent).
     """
     architecture = architectures.find(checkpoint)
     config = architectures.open_config(checkpoint, architecture)
@@ -82,18 +86,16 @@ def from_checkpoint(checkpoint: Checkpoint, *, pre: str | None = None) -> GgufDr
             "Use the original checkpoint in BF16 or F16.",
         )
     notes = architecture.check(config)
-    vocabulary = vocab.read(
-        checkpoint.folder, config=config.values, pre=pre,
-        spm_add_space_prefix=architecture.add_space_prefix, pad=not architecture.trims_embedding,
-    )  # fmt: skip
-    n_tokens = vocabulary.n_real_tokens if architecture.trims_embedding else None
+    vocabulary = _vocabulary(checkpoint, architecture, config, pre) if tokenizer else vocab.NONE
+    n_tokens = vocabulary.n_real_tokens if architecture.trims_embedding and tokenizer else None
     rows, left_out = _map(checkpoint, architecture, config, n_tokens)
     ordered = tuple(sorted((*rows, *architecture.extra(config)), key=lambda tensor: file_order(tensor.name)))
+    name = model_name(checkpoint.folder, checkpoint.origin)
     found = {
         **metadata.general(
             checkpoint,
             architecture.name,
-            name=model_name(checkpoint.folder),
+            name=name,
             n_weights=sum(tensor.n_weights for tensor in ordered),
         ),
         **architecture.metadata(config),
@@ -101,11 +103,22 @@ def from_checkpoint(checkpoint: Checkpoint, *, pre: str | None = None) -> GgufDr
         **vocabulary.metadata,
     }
     spans = [(t.name, t.dtype, t.shape, t.path, t.offset, t.nbytes) for t in checkpoint.tensors.values()]
-    fingerprint = _fingerprint(spans, _texts(checkpoint))
-    remarks = (*notes, *left_out, *vocabulary.warnings)
-    draft = GgufDraft(model_name(checkpoint.folder), found, ordered, checkpoint.paths, fingerprint, remarks)
+    hashes = _hashes(checkpoint.paths, checkpoint.origin)
+    draft = GgufDraft(
+        name, found, ordered, checkpoint.paths, _fingerprint(spans, _texts(checkpoint), hashes),
+        notes=(*notes, *left_out, *vocabulary.warnings),
+        sampled=_unhashed(checkpoint.paths, hashes),
+        origin=checkpoint.origin,
+    )  # fmt: skip
     found["general.file_type"] = Value.uint32(QUANTS[draft.own_type.name].ftype)
     return draft
+
+
+def _vocabulary(checkpoint: Checkpoint, architecture: Architecture, config: Config, pre: str | None) -> Vocabulary:
+    return vocab.read(
+        checkpoint.folder, config=config.values, pre=pre,
+        spm_add_space_prefix=architecture.add_space_prefix, pad=not architecture.trims_embedding,
+    )  # fmt: skip
 
 
 def from_gguf(file: GgufFile) -> GgufDraft:
@@ -125,15 +138,17 @@ def from_gguf(file: GgufFile) -> GgufDraft:
     }
     ordered = tuple(sorted(lazy, key=lambda tensor: file_order(tensor.name)))
     stem = match["stem"] if (match := SPLIT_NAME.match(file.path.name)) else file.path.stem
-    return GgufDraft(_QUANT_SUFFIX.sub("", stem), kept, ordered, file.paths, _fingerprint(spans, []))
+    origin = origin_of(file.path.parent)
+    hashes = _hashes(file.paths, origin)
+    return GgufDraft(
+        _QUANT_SUFFIX.sub("", stem), kept, ordered, file.paths, _fingerprint(spans, [], hashes),
+        sampled=_unhashed(file.paths, hashes), origin=origin,
+    )  # fmt: skip
 
 
-def model_name(folder: Path) -> str:
-    """The folder's name; in the Hugging Face cache (models--ORG--NAME/snapshots/COMMIT) the repository's."""
-    folder = folder.resolve()
-    if _COMMIT.fullmatch(folder.name) and folder.parent.name == "snapshots":
-        return folder.parent.parent.name.rpartition("--")[2]
-    return folder.name
+def model_name(folder: Path, origin: Origin | None) -> str:
+    """The folder's name; in the Hugging Face cache the repository's."""
+    return origin.repo.rpartition("/")[2] if origin else folder.resolve().name
 
 
 def _texts(checkpoint: Checkpoint) -> list[Path]:
@@ -141,10 +156,27 @@ def _texts(checkpoint: Checkpoint) -> list[Path]:
     return [path for path in (checkpoint.folder / name for name in _TEXTS) if path.is_file()]
 
 
-def _fingerprint(spans: Iterable[tuple[str, str, tuple[int, ...], Path, int, int]], texts: Iterable[Path]) -> str:
+def _hashes(paths: Iterable[Path], origin: Origin | None) -> dict[Path, str]:
+    """The content hashes that are known."""
+    known = origin.hashes if origin else {}
+    return {path: known[path.name] for path in paths if path.name in known}
+
+
+def _unhashed(paths: Iterable[Path], hashes: Mapping[Path, str]) -> tuple[Path, ...]:
+    return tuple(path for path in paths if path not in hashes)
+
+
+def _fingerprint(
+    spans: Iterable[tuple[str, str, tuple[int, ...], Path, int, int]],
+    texts: Iterable[Path],
+    hashes: Mapping[Path, str],
+) -> str:
     digest = hashlib.sha256()
     for name, kind, shape, path, offset, nbytes in spans:
         digest.update(f"{name} {kind} {shape} {path.name} {offset} {nbytes}\n".encode("utf-8", "surrogatepass"))
+        if path in hashes:  # every byte is told by it, and a file that is not here yet cannot be sampled
+            digest.update(hashes[path].encode())
+            continue
         for start in {0, max(0, nbytes // 2), max(0, nbytes - _SAMPLE)}:
             digest.update(tensors.read_span(path, offset + start, min(_SAMPLE, nbytes - start)).tobytes())
     for path in texts:

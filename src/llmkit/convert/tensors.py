@@ -41,6 +41,7 @@ class LazyTensor:
 
     `read(start, stop)` gives those rows: float32, float16, uint16 (the bits of bfloat16), or for quantized types uint8
     of (rows, bytes of a row). `span` is (file, offset) when all rows lie there in this order, ready to be copied.
+    `paths` are the files that `read` reads.
     """
 
     name: str
@@ -48,6 +49,7 @@ class LazyTensor:
     type: TensorType
     read: Callable[[int, int], Rows]
     span: tuple[Path, int] | None = None
+    paths: tuple[Path, ...] = ()
 
     @property
     def width(self) -> int:
@@ -134,8 +136,8 @@ def from_stored(stored: StoredTensor) -> LazyTensor:
         raw = read_span(stored.path, stored.offset + start * row_nbytes, (stop - start) * row_nbytes)
         return raw.view(dtype).reshape(stop - start, width).astype(_IN_MEMORY[kind.name], copy=False)
 
-    verbatim = dtype == _IN_MEMORY[kind.name]
-    return LazyTensor(stored.name, stored.shape, kind, read, (stored.path, stored.offset) if verbatim else None)
+    span = (stored.path, stored.offset) if dtype == _IN_MEMORY[kind.name] else None
+    return LazyTensor(stored.name, stored.shape, kind, read, span, (stored.path,))
 
 
 def from_info(info: TensorInfo) -> LazyTensor:
@@ -148,7 +150,7 @@ def from_info(info: TensorInfo) -> LazyTensor:
         raw = read_span(info.path, info.offset + start * row_nbytes, (stop - start) * row_nbytes)
         return raw.view(dtype).reshape(stop - start, -1)
 
-    return LazyTensor(info.name, info.shape, info.type, read, (info.path, info.offset))
+    return LazyTensor(info.name, info.shape, info.type, read, (info.path, info.offset), (info.path,))
 
 
 def from_array(name: str, values: Rows) -> LazyTensor:

@@ -1,7 +1,8 @@
 """The journal beside a partial file: which tensors are in it, so that a killed run goes on from there.
 
-JSON lines: the plan's fingerprint with the sizes and times of the source files, then names of finished tensors. A name
-is written only after its data is on the disk. While a run lives it holds a lock on the journal.
+JSON lines: the plan's fingerprint, then names of finished tensors. With it the sizes and times of those source files
+that the fingerprint only samples. A name is written only after its data is on the disk. While a run lives it holds a
+lock on the journal.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def _lock(descriptor: int) -> bool:
 
 
 def _header(output: OutputPlan) -> bytes:
-    sources = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in output.draft.paths]
+    sources = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in output.draft.sampled]
     return json.dumps({"plan": output.fingerprint, "sources": sources}).encode() + b"\n"
 
 

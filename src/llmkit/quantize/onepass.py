@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +49,27 @@ class Result:
 
 
 @dataclass(frozen=True)
+class Round:
+    """Tensors that are made together: after `prepare`, before `release`, which may take away the files they read.
+
+    When `release` is called the tensors are on the disk and in the journal.
+    """
+
+    tensors: tuple[LazyTensor, ...]
+    prepare: Callable[[], None]
+    release: Callable[[], None]
+
+
+# The tensors that are left → the rounds that make them all. What a round prepares is there when the next one is asked.
+Rounds = Callable[[tuple[LazyTensor, ...]], Iterable[Round]]
+
+
+def all_at_once(tensors: tuple[LazyTensor, ...]) -> list[Round]:
+    """One round, for files that are all there."""
+    return [Round(tensors, lambda: None, lambda: None)]
+
+
+@dataclass(frozen=True)
 class _Chunk:
     """Rows `start` to `stop` of a tensor, inside matrix `matrix` of its stack, for the outputs that lack them."""
 
@@ -80,10 +101,14 @@ class _Target:
         raise KeyError(name)
 
 
-def run(plan: Plan, *, threads: int | None = None, on_progress: OnProgress = ignore) -> list[Result]:
+def run(
+    plan: Plan, *, threads: int | None = None, on_progress: OnProgress = ignore, rounds: Rounds = all_at_once
+) -> list[Result]:
     """Write the plan's outputs. An interrupted or killed run leaves partial files that the next run goes on from.
 
-    Progress counts source bytes. Raises NotEnoughRoom, InvalidModel (source changed, values not finite), LlmkitError.
+    Progress counts source bytes; what `rounds` prepare, they report themselves.
+
+    Raises NotEnoughRoom, InvalidModel (source changed, values not finite), LlmkitError.
     """
     if not plan.outputs:
         return []
@@ -92,7 +117,7 @@ def run(plan: Plan, *, threads: int | None = None, on_progress: OnProgress = ign
         with ExitStack() as stack:
             targets = [_open(output, stack) for output in plan.outputs]
             resumed = {target.output.label: len(target.journal.done) for target in targets}
-            _Pass(plan, targets, threads or settings.threads(), on_progress).run()
+            _Pass(plan, targets, threads or settings.threads(), on_progress).run(rounds)
             _finish(targets, on_progress)
     except OSError as error:
         raise _writing_failed(error) from error
@@ -152,22 +177,35 @@ class _Pass:
         self.n_threads = threads
         self.on_progress = on_progress
         self.engine = engine.load()
-        self.chunks = list(_chunks(plan, targets))
-        self.left = Counter(chunk.tensor.name for chunk in self.chunks)
+        self.left = tuple(tensor for tensor in plan.draft.tensors if _lacking(tensor, targets))
         self.total = sum(_source_nbytes(tensor, 0, tensor.n_rows) for tensor in plan.draft.tensors)
-        self.done = self.total - sum(_source_nbytes(chunk.tensor, chunk.start, chunk.stop) for chunk in self.chunks)
+        self.done = self.total - sum(_source_nbytes(tensor, 0, tensor.n_rows) for tensor in self.left)
+        self.chunks_left: Counter[str] = Counter()
         self.events: queue.SimpleQueue[tuple[_Chunk, list[float]] | BaseException | None] = queue.SimpleQueue()
         self.stop = threading.Event()
-        self._next = iter(self.chunks)
+        self._next: Iterator[_Chunk] = iter(())
         self._lock = threading.Lock()
         self._synced = time.monotonic()
 
-    def run(self) -> None:
-        """Work through all chunks; on any error or interrupt stop the threads, record what is whole, and raise."""
+    def run(self, rounds: Rounds) -> None:
+        """Work through all rounds. Raises what a round raises, after recording what is whole."""
         for kind in {
             kind.ggml_id for target in self.targets for kind in target.output.types.values() if kind.quantized
         }:
             self.engine.functions["ggml_quantize_init"](kind)  # else the first chunks would wait for each other
+        for each in rounds(self.left):
+            each.prepare()
+            self._make_all(each.tensors)
+            each.release()
+        if self.done != self.total:  # a file with holes must not get its final name
+            raise LlmkitError(f"{self.total - self.done:,} bytes of the source were in no round")
+
+    def _make_all(self, tensors: Sequence[LazyTensor]) -> None:
+        """Work through all chunks; on any error or interrupt stop the threads, record what is whole, and raise."""
+        chunks = [chunk for tensor in tensors for chunk in _chunks(tensor, self.targets)]
+        self.chunks_left = Counter(chunk.tensor.name for chunk in chunks)
+        self._next = iter(chunks)
+        self.stop.clear()
         workers = [threading.Thread(target=self._work, daemon=True) for _ in range(self.n_threads)]
         for worker in workers:
             worker.start()
@@ -193,10 +231,10 @@ class _Pass:
     def _count(self, chunk: _Chunk, seconds: list[float]) -> None:
         name = chunk.tensor.name
         self.done += _source_nbytes(chunk.tensor, chunk.start, chunk.stop)
-        self.left[name] -= 1
+        self.chunks_left[name] -= 1
         for target, spent in zip(chunk.targets, seconds, strict=True):
             target.cpu_seconds += spent
-        if not self.left[name]:
+        if not self.chunks_left[name]:
             for target in chunk.targets:
                 target.finished.append(name)
         if time.monotonic() - self._synced > _SYNC_SECONDS:
@@ -326,15 +364,17 @@ def _source_nbytes(tensor: LazyTensor, start: int, stop: int) -> int:
     return (stop - start) * tensor.type.row_nbytes(tensor.width)
 
 
-def _chunks(plan: Plan, targets: Sequence[_Target]) -> Iterator[_Chunk]:
-    """Every tensor in chunks of about a million weights that never cross from one matrix of a stack to the next."""
-    for tensor in plan.draft.tensors:
-        lacking = tuple(target for target in targets if tensor.name not in target.journal.done)
-        if not lacking:
-            continue
-        rows_each = tensor.shape[-2] if len(tensor.shape) > 1 else 1
-        slow = any(target.output.types[tensor.name].name.startswith("IQ") for target in lacking)
-        step = max(1, (_SLOW_CHUNK_WEIGHTS if slow else _CHUNK_WEIGHTS) // max(1, tensor.width))
-        for first in range(0, tensor.n_rows, max(1, rows_each)):
-            for start in range(first, first + rows_each, step):
-                yield _Chunk(tensor, start, min(start + step, first + rows_each), first // max(1, rows_each), lacking)
+def _lacking(tensor: LazyTensor, targets: Sequence[_Target]) -> tuple[_Target, ...]:
+    """The outputs that do not have the tensor from an earlier run."""
+    return tuple(target for target in targets if tensor.name not in target.journal.done)
+
+
+def _chunks(tensor: LazyTensor, targets: Sequence[_Target]) -> Iterator[_Chunk]:
+    """A tensor in chunks of about a million weights that never cross from one matrix of a stack to the next."""
+    lacking = _lacking(tensor, targets)
+    rows_each = tensor.shape[-2] if len(tensor.shape) > 1 else 1
+    slow = any(target.output.types[tensor.name].name.startswith("IQ") for target in lacking)
+    step = max(1, (_SLOW_CHUNK_WEIGHTS if slow else _CHUNK_WEIGHTS) // max(1, tensor.width))
+    for first in range(0, tensor.n_rows, max(1, rows_each)):
+        for start in range(first, first + rows_each, step):
+            yield _Chunk(tensor, start, min(start + step, first + rows_each), first // max(1, rows_each), lacking)

@@ -41,12 +41,11 @@ def ask(draft: GgufDraft, recipes: Sequence[Recipe], *, has_imatrix: bool) -> li
     Raises EngineError with the engine's last log lines when it refuses the model's header or a recipe.
     """
     tied = all(tensor.name != "output.weight" for tensor in draft.tensors)
-    architecture = str(draft.metadata["general.architecture"].data)
     with tempfile.TemporaryDirectory(prefix="llmkit-") as folder:
         path = Path(folder) / "header.gguf"
         try:
             rows = [(tensor.name, tensor.shape, tensor.type) for tensor in draft.tensors]
-            gguf_writer.write_sparse(path, _header(draft, architecture), rows)
+            gguf_writer.write_sparse(path, header(draft), rows)
         except OSError as error:
             hint = "Set TMPDIR to another folder."
             raise LlmkitError(f"{path}: cannot be written: {error.strerror}", hint) from error
@@ -55,12 +54,16 @@ def ask(draft: GgufDraft, recipes: Sequence[Recipe], *, has_imatrix: bool) -> li
     return [_choice(draft, recipe, answer) for recipe, answer in zip(recipes, answers, strict=True)]
 
 
-def _header(draft: GgufDraft, architecture: str) -> dict[str, Value]:
-    """The metadata without the vocabulary, which the question does not need."""
+def header(draft: GgufDraft) -> dict[str, Value]:
+    """The metadata without the vocabulary, which no question to the engine about types or memory needs."""
+    architecture = str(draft.metadata["general.architecture"].data)
     found = {key: value for key, value in draft.metadata.items() if not key.startswith("tokenizer.")}
     tokens = draft.metadata.get("tokenizer.ggml.tokens")
+    embedding = next((tensor for tensor in draft.tensors if tensor.name == "token_embd.weight"), None)
     if tokens is not None:
         found.setdefault(f"{architecture}.vocab_size", Value.uint32(len(tokens.data)))
+    elif embedding is not None:
+        found.setdefault(f"{architecture}.vocab_size", Value.uint32(embedding.shape[0]))
     found["tokenizer.ggml.model"] = Value.string("no_vocab")
     return found
 

@@ -149,8 +149,10 @@ def conversion(
     metadata = dict(draft.metadata)
     metadata["general.file_type"] = Value.uint32(QUANTS[wanted.name].ftype)
     base = path or folder / f"{draft.name}-{wanted.name}.gguf"
-    files = _lay_out(base, metadata, provenance(draft, wanted.name), draft.tensors, types, split_nbytes)
-    return Plan(draft, (OutputPlan(wanted.name, draft, types, files, None, wanted.name),))
+    files = _lay_out(
+        base, metadata, provenance(draft, f"--type {wanted.name.lower()}"), draft.tensors, types, split_nbytes
+    )
+    return Plan(draft, (OutputPlan(wanted.name, draft, types, files, None, f"--type {wanted.name.lower()}"),))
 
 
 def _conversion_type(tensor: LazyTensor, wanted: TensorType) -> TensorType:
@@ -179,10 +181,12 @@ def _refuse_idle_patterns(draft: GgufDraft, recipes: Sequence[Recipe]) -> None:
 def provenance(draft: GgufDraft, recipe: str, imatrix: Imatrix | None = None) -> dict[str, Value]:
     """Where the file comes from and how it was made, so that it can be made again byte for byte."""
     values = {"llmkit.imatrix.fingerprint": Value.string(imatrix.fingerprint)} if imatrix else {}
+    values |= {"llmkit.version": Value.string(__version__), "llmkit.source.name": Value.string(draft.name)}
+    if draft.origin:
+        values["llmkit.source.repo"] = Value.string(draft.origin.repo)
+        values["llmkit.source.revision"] = Value.string(draft.origin.commit)
     return {
         **values,
-        "llmkit.version": Value.string(__version__),
-        "llmkit.source.name": Value.string(draft.name),
         "llmkit.source.fingerprint": Value.string(draft.fingerprint),
         "llmkit.recipe": Value.string(recipe),
     }
@@ -265,13 +269,13 @@ def is_made(file: FilePlan) -> bool:
 
 
 def check_outputs(planned: Plan, *, force: bool) -> Plan:
-    """The plan without what is made already, by a file no older than the source.
+    """The plan without what is made already, by a file no older than a source that is known only by samples.
 
     Raises OutputExists, NotEnoughRoom, AccessDenied, LlmkitError: before any work.
     """
     left = []
     try:
-        changed = max(path.stat().st_mtime for path in planned.draft.paths)
+        changed = max((path.stat().st_mtime for path in planned.draft.sampled), default=0.0)
         for folder in {output.path.parent for output in planned.outputs}:
             store.make_folder(folder)
         for output in planned.outputs:
@@ -288,7 +292,7 @@ def check_outputs(planned: Plan, *, force: bool) -> Plan:
         raise LlmkitError(f"{str(error.filename)[:200]}: {error.strerror}", "Choose another --out.") from error
     for folder in {output.path.parent for output in left}:
         here = [file for output in left for file in output.files if file.path.parent == folder]
-        store.require_room(folder, sum(file.nbytes - _allocated(store.partial_path(file.path)) for file in here))
+        store.require_room(folder, sum(file.nbytes - allocated_nbytes(store.partial_path(file.path)) for file in here))
     return Plan(planned.draft, tuple(left))
 
 
@@ -311,8 +315,8 @@ def _refuse_existing(file: FilePlan) -> None:
         raise OutputExists(f"{file.path}: {what}", "Add --force to replace it, or choose another --out.")
 
 
-def _allocated(path: Path) -> int:
-    """Bytes an unfinished file of an earlier run already takes."""
+def allocated_nbytes(path: Path) -> int:
+    """Bytes a file takes on the disk already: fewer than its size where it has holes, 0 where it is not."""
     try:
         return path.stat().st_blocks * 512
     except (OSError, AttributeError):

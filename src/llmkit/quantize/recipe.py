@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
 
 from ..errors import LlmkitError
@@ -24,10 +25,13 @@ class Recipe:
     pure: bool = False
 
     def __str__(self) -> str:
-        parts = [self.quant.name, *(f"{pattern}={kind.name}" for pattern, kind in self.tensor_types)]
-        ends = (("output", self.output_type), ("embedding", self.embedding_type))
-        parts += [f"{name}={kind.name}" for name, kind in ends if kind]
-        return " ".join(parts + ["pure"] * self.pure)
+        """The words of `llmkit quantize` that ask for it, after the model; written into files as llmkit.recipe."""
+        words = [self.quant.name]
+        for pattern, kind in self.tensor_types:
+            words += ["--tensor-type", f"{pattern}={kind.name}"]
+        for option, end in (("--output-type", self.output_type), ("--embedding-type", self.embedding_type)):
+            words += [option, end.name] if end else []
+        return shlex.join(words + ["--pure"] * self.pure)
 
     def ends(self, tied: bool) -> list[tuple[str, TensorType | None]]:
         """Types asked for the output matrix and the embedding, by the names of the engine's flags.

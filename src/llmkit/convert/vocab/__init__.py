@@ -40,6 +40,10 @@ class Vocabulary:
     warnings: tuple[str, ...]
 
 
+# a draft whose tokenizer is not looked at: the engine then takes the count of tokens from <architecture>.vocab_size
+NONE = Vocabulary({"tokenizer.ggml.model": Value.string("no_vocab")}, 0, 0, "not needed", None, ())
+
+
 @dataclass(frozen=True)
 class _Model:
     """What the three paths have in common: the head of the metadata, rows by id, and how texts are treated."""
