@@ -7,6 +7,7 @@
     ├── Unsupported             an architecture, quant, setting or tensor llmkit cannot express
     ├── NotEnoughRoom           disk or memory: needed against free
     ├── OutputExists            a finished file is in the way
+    ├── Unreachable             the Hub does not answer, or is not to be asked
     ├── MissingDependency       a package or an engine symbol is missing
     └── EngineError             the engine refused or died; its last log lines are attached
 
@@ -50,6 +51,10 @@ class NotEnoughRoom(LlmkitError):
 
 class OutputExists(LlmkitError):
     """A finished file of that name exists and was not to be replaced."""
+
+
+class Unreachable(LlmkitError):
+    """The Hub does not answer, or is not to be asked."""
 
 
 class MissingDependency(LlmkitError):

@@ -18,8 +18,9 @@ def home() -> Path:
 
 def hub_address() -> str | None:
     """The Hub's address (HF_ENDPOINT, as huggingface_hub reads it), or None when it is not to be used."""
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        return None
+    for switch in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        if os.environ.get(switch, "").upper() in ("1", "ON", "YES", "TRUE"):
+            return None
     return os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
 
 

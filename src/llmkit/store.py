@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from .errors import AccessDenied, LlmkitError, NotEnoughRoom
@@ -85,3 +85,14 @@ def require_room(folder: Path, nbytes: int) -> None:
             f"{folder}: {nbytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free",
             "Free some room, choose another folder with --out, or a smaller quant.",
         )
+
+
+def require_rooms(needs: Iterable[tuple[Path, int]]) -> None:
+    """Raise NotEnoughRoom unless all (folder, bytes) fit, summed where folders share a disk."""
+    disks: dict[int, tuple[Path, int]] = {}
+    for folder, nbytes in needs:
+        device = next(each for each in (folder, *folder.absolute().parents) if each.exists()).stat().st_dev
+        first, together = disks.get(device, (folder, 0))
+        disks[device] = (first, together + nbytes)
+    for folder, nbytes in disks.values():
+        require_room(folder, nbytes)

@@ -1,48 +1,16 @@
-"""The Hugging Face Hub: is it there, and fetch a checkpoint folder. What huggingface_hub does well is left to it.
+"""The Hugging Face Hub: find, fetch to the byte, verify, publish.
 
-Owner of huggingface_hub. Knows nothing of what is in the files.
+find(ref) → Path | None           what is whole on this machine, without a request
+plan(ref) → DownloadPlan; fetch(plan) → Path
+cast(plan) → Shadow               the same folder with true headers and no weights, from kilobytes
+Knows nothing of what is in the files, but which of them make a model.
 """
 
 from __future__ import annotations
 
-import socket
-from importlib import import_module
-from pathlib import Path
-from urllib.parse import urlsplit
+from .cache import Cache
+from .crew import fetch
+from .download import DownloadPlan, FileDone, find, plan, reachable
+from .shadow import Shadow, cast, outline
 
-from . import settings
-from .errors import LlmkitError, MissingDependency
-
-_WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "README.md", "LICENSE*"]
-
-
-def reachable(seconds: float = 3.0) -> bool:
-    """Whether the Hub (HF_ENDPOINT, else the public one) accepts connections within `seconds`."""
-    endpoint = settings.hub_address()
-    if endpoint is None:
-        return False
-    try:
-        address = urlsplit(endpoint)
-        port = address.port or (80 if address.scheme == "http" else 443)
-        with socket.create_connection((address.hostname or "", port), seconds):
-            return True
-    except (OSError, ValueError):  # nobody there, or no address at all
-        return False
-
-
-def fetch_checkpoint(repo: str, folder: Path) -> Path:
-    """Fetch config, tokenizer and safetensors of `repo` into `folder`. Raises LlmkitError, MissingDependency."""
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-        http_error = import_module("huggingface_hub.utils").httpx.HTTPError  # httpx or httpx2, whichever it uses
-    except ImportError as error:
-        raise MissingDependency(
-            f"huggingface_hub cannot be imported: {error}", "pip install huggingface_hub"
-        ) from error
-    try:
-        snapshot_download(repo, local_dir=folder, allow_patterns=_WANTED)
-    except (HfHubHTTPError, LocalEntryNotFoundError, http_error, OSError) as error:
-        raise LlmkitError(f"{repo}: could not be fetched from the Hub: {error}") from error
-    return folder
+__all__ = ["Cache", "DownloadPlan", "FileDone", "Shadow", "cast", "fetch", "find", "outline", "plan", "reachable"]
