@@ -38,11 +38,13 @@ class Entry:
     mtime_ns: int = 0
     listed_size: int | None = None
     in_xet: bool = False
+    unread: bool = False
 
     @classmethod
-    def on_disk(cls, name: str, path: Path) -> Entry:
+    def on_disk(cls, name: str, path: Path, unread_above: int | None = None) -> Entry:
         status = path.stat()
-        return cls(name, path, status.st_size, status.st_mtime_ns)
+        unread = unread_above is not None and status.st_size > unread_above
+        return cls(name, path, status.st_size, status.st_mtime_ns, unread=unread)
 
     @classmethod
     def in_memory(cls, name: str, content: bytes) -> Entry:
@@ -54,8 +56,10 @@ class Entry:
 
     @cached_property
     def etag(self) -> str:
-        """sha256 of LFS files, git's blob sha1 of the rest."""
+        """sha256 of LFS files, git's blob sha1 of the rest; of unread files of their name and size."""
         kind = "sha256" if self.lfs else "sha1"
+        if self.unread:
+            return _hash_of(f"{self.name} {self.size}".encode(), kind)
         if isinstance(self.source, bytes):
             return _hash_of(self.source, kind)
         with _hashing:
@@ -140,8 +144,9 @@ class Snapshot:
 class Repositories:
     """Repositories <root>/<org>/<name>/, those made of bytes, and further revisions of either."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, unread_above: int | None = None) -> None:
         self.root = root
+        self._unread_above = unread_above
         self._in_memory: dict[str, Snapshot] = {}
         self._revisions: dict[str, dict[str, Path]] = {}
 
@@ -172,22 +177,22 @@ class Repositories:
         if repo in self._in_memory:
             main = self._in_memory[repo]
         elif self.folder(repo).is_dir():
-            main = _read(repo, self.folder(repo))
+            main = _read(repo, self.folder(repo), self._unread_above)
         else:
             raise Refusal(404, "RepoNotFound", "Repository not found")
         if revision == "main":
             return main
-        return _read(repo, others[revision]) if revision in others else None
+        return _read(repo, others[revision], self._unread_above) if revision in others else None
 
 
-def _read(repo: str, folder: Path) -> Snapshot:
+def _read(repo: str, folder: Path, unread_above: int | None) -> Snapshot:
     entries = []
     for parent, _, names in os.walk(folder, followlinks=True):
         for name in names:
             if name.endswith(".incoming"):
                 continue
             path = Path(parent, name)
-            entries.append(Entry.on_disk(path.relative_to(folder).as_posix(), path))
+            entries.append(Entry.on_disk(path.relative_to(folder).as_posix(), path, unread_above))
     return Snapshot.of(repo, sorted(entries, key=lambda entry: entry.name))
 
 

@@ -5,9 +5,9 @@
         ... a client with HF_ENDPOINT=hub.address ...
         assert [request.range for request in hub.requests("GET", suffix="model.safetensors")] == [None, "bytes=100000-"]
 
-As a program, for benches: python standin_hub.py ROOT [--port N] [--log FILE] [--rate BYTES] prints its address on the
-first line and serves until it is terminated; the log is whole then. At full speed a killed client leaves megabytes in
-the sockets' buffers that count as sent: benches that count bytes give a --rate.
+As a program, for benches: python standin_hub.py ROOT [--port N] [--log FILE] [--rate BYTES] [--unread-above BYTES]
+prints its address on the first line and serves until it is terminated; the log is whole then. At full speed a killed
+client leaves megabytes in the sockets' buffers that count as sent: benches that count bytes give a --rate.
 
 standin_faults says what can go wrong, standin_files what there is to serve, standin_uploads how files come in.
 """
@@ -64,8 +64,10 @@ class Guard:
 class Hub:
     """A running stand-in; `address` is its HF_ENDPOINT."""
 
-    def __init__(self, root: Path, *, port: int = 0, log: TextIO | None = None) -> None:
-        self.repositories = Repositories(root)
+    def __init__(
+        self, root: Path, *, port: int = 0, log: TextIO | None = None, unread_above: int | None = None
+    ) -> None:
+        self.repositories = Repositories(root, unread_above)
         self.uploads = Uploads(self.repositories)
         self.faults = Faults()
         self.guards: dict[str, Guard] = {}
@@ -251,8 +253,13 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--log", type=Path, help="write each request as a line of JSON")
     parser.add_argument("--rate", type=float, help="bytes per second of every file's body")
+    parser.add_argument(
+        "--unread-above", type=int, metavar="BYTES",
+        help="hash larger files by their name and size: a hundred gigabytes of holes, whose headers alone are fetched",
+    )  # fmt: skip
     options = parser.parse_args()
-    hub = Hub(options.root, port=options.port, log=options.log.open("a") if options.log else None)
+    log = options.log.open("a") if options.log else None
+    hub = Hub(options.root, port=options.port, log=log, unread_above=options.unread_above)
     if options.rate:
         hub.fail("*", "*", Trickle(options.rate), times=None)
     signal.signal(signal.SIGTERM, signal.default_int_handler)

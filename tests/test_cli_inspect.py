@@ -16,6 +16,7 @@ from conftest import Cli
 from llmkit import gguf, gguf_writer
 from llmkit.gguf import Value, ValueType
 from llmkit.inspection import files
+from llmkit.roles import role_of
 
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>{% endfor %}"
@@ -103,9 +104,9 @@ def test_every_name_of_the_engine_s_tensors_has_a_role() -> None:
         for tensor in gguf_py.MODEL_TENSORS[gguf_py.MODEL_ARCH[family]]
     }
     assert len(names) > 40
-    known = {files.role(name) for name in names}
+    known = {role_of(name) for name in names}
     assert known >= {"norms", "token embeddings", "output", "experts", "attention", "feed-forward", "state space"}
-    assert {name for name in names if files.role(name) == "other"} <= {"blk.3.exp_probs_b.weight"}
+    assert {name for name in names if role_of(name) == "other"} <= {"blk.3.exp_probs_b.weight"}
 
 
 def test_the_tokenizer(small: Path) -> None:

@@ -8,9 +8,9 @@ import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -142,15 +142,17 @@ def test_the_verb_s_own_code_is_returned(verb: Callable[..., None]) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
-def test_control_c_in_a_real_process(tmp_path: Path) -> None:
-    """A verb that waits (reads a pipe nobody writes to) is interrupted from outside."""
-    pipe = tmp_path / "model.gguf"
-    os.mkfifo(pipe)
-    command = [sys.executable, "-m", "llmkit", "inspect", str(pipe)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=cli_environment()) as process:
-        time.sleep(1)
-        process.send_signal(signal.SIGINT)
-        _, shown = process.communicate(timeout=30)
+def test_control_c_in_a_real_process() -> None:
+    """A verb that waits (for a Hub that never answers) is interrupted from outside."""
+    command = [sys.executable, "-m", "llmkit", "inspect", "org/name"]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        environment = cli_environment() | {"HF_ENDPOINT": f"http://127.0.0.1:{listener.getsockname()[1]}"}
+        del environment["HF_HUB_OFFLINE"], environment["TRANSFORMERS_OFFLINE"]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+            listener.settimeout(30)
+            with listener.accept()[0]:
+                process.send_signal(signal.SIGINT)
+                _, shown = process.communicate(timeout=30)
     assert process.returncode == 130
     assert shown == "\nInterrupted. Nothing was written.\n"
 

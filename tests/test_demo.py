@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import stand_in_hub
+import standin_hub
 from conftest import Cli, cli_environment
 from llmkit import gguf
 
@@ -38,12 +38,16 @@ def test_without_a_hub(cli: Cli, smollm2_gguf: Path, tmp_path: Path) -> None:
 
 def test_with_a_hub(smollm2_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(smollm2_folder, tmp_path / "hub" / "HuggingFaceTB" / "SmolLM2-135M-Instruct")
-    with stand_in_hub.serve(tmp_path / "hub") as server:
-        environment = cli_environment() | {"HF_ENDPOINT": server.address, "HF_HUB_DISABLE_XET": "1"}
+    with standin_hub.serve(tmp_path / "hub") as hub:
+        environment = cli_environment() | {"HF_ENDPOINT": hub.address, "HF_HUB_DISABLE_XET": "1"}
         environment |= {"HF_HOME": str(tmp_path / "home")}
         del environment["HF_HUB_OFFLINE"], environment["TRANSFORMERS_OFFLINE"]
         command = [sys.executable, "-m", "llmkit", "demo", "--out", str(tmp_path / "out"), "--threads", "1"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert "Fetching" in done.stderr and "rebuilt" not in done.stderr
-    check(done.stdout, tmp_path / "out", "SmolLM2-135M-Instruct")
+        assert done.returncode == 0, done.stderr
+        assert "model.safetensors  269.1 MB  fetched, verified" in done.stderr and "rebuilt" not in done.stderr
+        check(done.stdout, tmp_path / "out", "SmolLM2-135M-Instruct")
+        hub.clear()
+        again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+        assert again.returncode == 0 and again.stderr.count("made already") == 2 and hub.log == []
+    assert (tmp_path / "home" / "hub" / "models--HuggingFaceTB--SmolLM2-135M-Instruct").is_dir()

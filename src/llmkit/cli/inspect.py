@@ -1,6 +1,6 @@
 """Show what a GGUF file holds: metadata, tokenizer, tensors by type.
 
-Only headers are read, so it takes no time, however large the file.
+Only headers are read, so it takes no time, however large the file; of a model of the Hub only they are fetched.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import argparse
 from math import prod
 from typing import TYPE_CHECKING
 
-from . import output
+from . import models, output
 
 if TYPE_CHECKING:
     from fractions import Fraction
@@ -21,13 +21,13 @@ EXAMPLES = (
     "llmkit inspect model.gguf",
     "llmkit inspect model.gguf --metadata",
     "llmkit inspect model.gguf --tensors | grep ffn_down",
-    "llmkit inspect model.gguf --json",
+    "llmkit inspect Qwen/Qwen3-0.6B-GGUF:Q8_0 --json",
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's own options."""
-    parser.add_argument("file", metavar="FILE.gguf", help="a GGUF file, or the first part of a split one")
+    parser.add_argument("model", metavar="MODEL", help="a .gguf file (a split one's first part), or org/name:QUANT")
     parser.add_argument("--metadata", action="store_true", help="show every metadata key instead")
     parser.add_argument("--tensors", action="store_true", help="show every tensor instead")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
@@ -36,13 +36,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Read the header and show it."""
     from .. import gguf
+
+    with models.outline(args.model) as source:
+        show(gguf.read(source.path), args, where=source.name)
+    return 0
+
+
+def show(file: GgufFile, args: argparse.Namespace, *, where: str) -> None:
+    """Print what was asked for; `where` is what the file is called."""
     from ..inspection import files
 
-    file = gguf.read(args.file)
     if args.json:
-        everything = {"summary": files.summary(file), "metadata": files.metadata(file), "tensors": _tensor_rows(file)}
+        summary = output.plain(files.summary(file)) | {"path": where}
+        everything = {"summary": summary, "metadata": files.metadata(file), "tensors": _tensor_rows(file)}
         output.emit_json(everything)
-        return 0
+        return
     if args.metadata:
         _show_metadata(files.metadata(file))
     if args.metadata and args.tensors:
@@ -50,8 +58,7 @@ def run(args: argparse.Namespace) -> int:
     if args.tensors:
         _show_tensors(file)
     if not (args.metadata or args.tensors):
-        _show_summary(files.summary(file))
-    return 0
+        _show_summary(files.summary(file), args.model, where)
 
 
 def _tensor_rows(file: GgufFile) -> list[dict[str, object]]:
@@ -61,9 +68,9 @@ def _tensor_rows(file: GgufFile) -> list[dict[str, object]]:
     ]
 
 
-def _show_summary(summary: FileSummary) -> None:
+def _show_summary(summary: FileSummary, typed: str, where: str) -> None:
     rows: list[tuple[str, object]] = [
-        ("file", summary.path if summary.parts == 1 else f"{summary.path} and {summary.parts - 1} more parts"),
+        ("file", where if summary.parts == 1 else f"{where} and {summary.parts - 1} more parts"),
         ("size", output.size(summary.nbytes)),
         ("name", summary.name or "-"),
         ("architecture", summary.architecture or "-"),
@@ -85,7 +92,7 @@ def _show_summary(summary: FileSummary) -> None:
     _show_groups("role", summary.by_role)
     if summary.tied:
         output.emit("The output uses the token embeddings (tied).")
-    output.next_command(f"llmkit chat {output.shell_word(summary.path)}")
+    output.next_command(f"llmkit chat {output.shell_word(typed)}")
 
 
 def _show_groups(title: str, groups: tuple[TensorGroup, ...]) -> None:

@@ -19,10 +19,17 @@ from .. import __version__
 
 # verb = module of this package → its one line of help, which is the first line of the module's docstring
 VERBS = {
-    "convert": "Write a checkpoint folder as a GGUF, weights as they are or in F16, F32 or Q8_0.",
-    "quantize": "Write a checkpoint folder or a GGUF in one or several quants, in one pass.",
+    "search": "Find models on the Hub, with their size at Q4_K_M.",
+    "download": "Fetch a model from the Hub: only what is needed, several files at once, each one verified.",
+    "list": "Show the models on this machine: size, quant, when used.",
+    "rm": "Delete models from this machine, after asking.",
+    "convert": "Write a checkpoint as a GGUF, weights as they are or in F16, F32 or Q8_0.",
+    "quantize": "Write a checkpoint or a GGUF in one or several quants, in one pass.",
     "chat": "Talk with a model in the terminal.",
+    "estimate": "Tell what a model takes in memory, to the byte, before it is made or fetched.",
+    "devices": "Show devices: memory, bandwidth, TOPS and what they mean; compare them for a model.",
     "inspect": "Show what a GGUF file holds: metadata, tokenizer, tensors by type.",
+    "upload": "Send GGUF files to a repository of the Hub, with a model card that is measured on them.",
     "doctor": "Check the engine, this machine and the Python packages.",
     "demo": "See the whole of llmkit at work on a small model.",
 }

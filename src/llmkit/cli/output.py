@@ -66,6 +66,17 @@ def shell_word(text: object) -> str:
     return shlex.quote(str(text))
 
 
+def confirm(question: str) -> bool:
+    """Ask on the terminal; True for y or yes. Where nobody can answer (no terminal, end of input) it is no."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return False
+    print(f"{printable(question)} [y/N] ", end="", file=sys.stderr, flush=True)
+    answer = sys.stdin.readline()
+    if not answer.endswith("\n"):  # the end of input: the line is still open
+        print(file=sys.stderr)
+    return answer.strip().lower() in ("y", "yes")
+
+
 # ── data ──
 
 

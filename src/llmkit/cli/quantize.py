@@ -1,22 +1,26 @@
-"""Write a checkpoint folder or a GGUF in one or several quants, in one pass.
+"""Write a checkpoint or a GGUF in one or several quants, in one pass.
 
 The weights are read once for all quants; nothing is written in between. Which tensor gets which type is the
-engine's own choice; --tensor-type, --output-type and --embedding-type make exceptions.
+engine's own choice; --tensor-type, --output-type and --embedding-type make exceptions. A model of the Hub is fetched
+first; with --low-disk its shards are fetched, converted and released one after another.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import output
+from . import models, output
 
 if TYPE_CHECKING:
     from ..quantize import Plan, Result
+    from .models import Source
 
 EXAMPLES = (
     "llmkit quantize ./SmolLM2-135M-Instruct Q4_K_M Q8_0",
+    "llmkit quantize HuggingFaceTB/SmolLM2-135M-Instruct Q4_K_M --dry-run",
     "llmkit quantize model-BF16.gguf Q4_K_M --out quants --dry-run",
     "llmkit quantize ./model IQ4_XS --imatrix imatrix.gguf --tensor-type 'ffn_down=Q6_K'",
 )
@@ -46,8 +50,8 @@ def size_argument(text: str) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """MODEL, the quants and the rest."""
-    parser.add_argument("model", type=Path, metavar="MODEL", help="checkpoint folder or .gguf file")
-    parser.add_argument("quants", nargs="+", metavar="QUANT", help="Q2_K … Q8_0, IQ1_S … IQ4_XS, F16, BF16, COPY …")
+    parser.add_argument("model", metavar="MODEL", help=models.MODEL_HELP)
+    parser.add_argument("quants", nargs="*", metavar="QUANT", help="Q2_K … Q8_0, IQ1_S … IQ4_XS, F16, BF16, COPY …")
     parser.add_argument(
         "--out", type=Path, default=Path("."), metavar="DIR", help="folder for the files, or one .gguf (default: here)"
     )
@@ -71,6 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--split-size", type=size_argument, metavar="SIZE", help="largest size of a file, e.g. 4G: splits the output"
     )
+    parser.add_argument(
+        "--low-disk", action="store_true", help="never keep more than one shard of the checkpoint on the disk"
+    )
     parser.add_argument("--threads", type=count_argument, metavar="N", help="worker threads (default: all CPUs)")
     parser.add_argument("--force", action="store_true", help="replace existing files")
     parser.add_argument("--dry-run", action="store_true", help="show types, sizes and room on disk; write nothing")
@@ -79,21 +86,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Quantize, or show the plan."""
-    planned = _plan(args)
-    for remark in planned.draft.notes:
-        output.note(f"note: {remark}")
-    if args.dry_run:
-        show_plan(planned, as_json=args.json)
-        return 0
-    if args.requantize and any(tensor.type.quantized for tensor in planned.draft.tensors):
-        output.note("note: the source is quantized already; what it has lost stays lost, and some more is lost now")
-    results = make(planned, args)
+    args.quants = args.quants or _named_quant(args.model)
+    with models.source(args.model, low_disk=args.low_disk and not args.dry_run) as source:
+        planned = _plan(args, source.path)
+        for remark in planned.draft.notes:
+            output.note(f"note: {remark}")
+        if args.dry_run:
+            show_plan(planned, as_json=args.json, source=source, low_disk=args.low_disk)
+            return 0
+        if args.requantize and any(tensor.type.quantized for tensor in planned.draft.tensors):
+            output.note("note: the source is quantized already; what it has lost stays lost, and some more is lost now")
+        results = bring_and_make(planned, args, source, again=lambda path: _plan(args, path))
     show_results(planned, results, as_json=args.json)
     output.next_command(f"llmkit chat {output.shell_word(planned.outputs[-1].path)}")
     return 0
 
 
-def _plan(args: argparse.Namespace) -> Plan:
+def _named_quant(typed: str) -> list[str]:
+    """The quant inside MODEL, for `llmkit quantize org/name:Q4_K_M`."""
+    from .. import model
+    from ..errors import LlmkitError
+
+    ref = model.parse(typed)
+    if ref.quant is None:
+        raise LlmkitError("no quant was named", f"llmkit quantize {output.shell_word(typed)} Q4_K_M")
+    return [ref.quant]
+
+
+def _plan(args: argparse.Namespace, path: Path) -> Plan:
     from .. import convert, quantize
     from ..errors import LlmkitError
     from ..quantize import imatrix
@@ -105,7 +125,7 @@ def _plan(args: argparse.Namespace) -> Plan:
     embedding_type = tensor_type(args.embedding_type) if args.embedding_type else None
     recipes = [quantize.Recipe(each, exceptions, output_type, embedding_type, args.pure) for each in chosen]
     importance = imatrix.read(args.imatrix) if args.imatrix else None
-    draft = convert.open_draft(args.model, pre=args.pre)
+    draft = convert.open_draft(path, pre=args.pre)
     folder, file = args.out, None
     if args.out.suffix == ".gguf":
         if len(recipes) > 1:
@@ -116,32 +136,69 @@ def _plan(args: argparse.Namespace) -> Plan:
     )
 
 
-def make(planned: Plan, args: argparse.Namespace) -> list[Result]:
-    """Check the outputs, then run the plan with a bar; tells what was there and what was resumed."""
+def bring_and_make(
+    planned: Plan, args: argparse.Namespace, source: Source, again: Callable[[Path], Plan]
+) -> list[Result]:
+    """Fetch what is missing, then run the plan; `again` plans anew for weights that are here now.
+
+    Outputs are looked at first: what is made already costs no fetch.
+    """
+    from .. import quantize, store
+
+    if source.download is None or source.shadow is None:
+        return models.make(planned, force=args.force, threads=args.threads)
+    left = quantize.check_outputs(planned, force=args.force)
+    if not left.outputs:
+        return models.make(planned, force=args.force, threads=args.threads)
+    _tell_way(planned, source, low_disk=args.low_disk)
+    if args.low_disk:
+        return models.make(planned, force=args.force, threads=args.threads, shadow=source.shadow)
+    places = [(file.path.parent, file.nbytes) for each in left.outputs for file in each.files]
+    store.require_rooms([(source.download.cache.root, source.download.fetch_nbytes), *places])
+    return models.make(again(models.fetch(source.download)), force=args.force, threads=args.threads)
+
+
+def _tell_way(planned: Plan, source: Source, *, low_disk: bool) -> None:
+    """The plan of the whole way on stderr: fetch, write, need."""
     from .. import quantize
 
-    left = quantize.check_outputs(planned, force=args.force)
-    for made in planned.outputs:
-        if made not in left.outputs:
-            output.note(f"{made.path}: made already from this source by this recipe; nothing to do")
-    with output.ProgressBar() as bar:
-        results = quantize.run(left, threads=args.threads, on_progress=bar)
-    for result in results:
-        if result.resumed:
-            output.note(f"{result.output.path}: resumed, {result.resumed} tensors were done before")
-    return results
+    if source.download is None:
+        return
+    models.tell_plan(source.download, stays=not low_disk)
+    for each in planned.outputs:
+        output.note(f"write  {output.size(each.nbytes)} to {each.path}")
+    if low_disk:
+        low = quantize.low_disk_plan(planned)
+        output.note(
+            f"need   {output.size(low.peak_nbytes)} of disk at most (derived): the output, and shards of"
+            f" {output.size(low.held_nbytes)} one after another"
+        )
+    else:
+        output.note(f"need   {output.size(planned.nbytes + source.download.fetch_nbytes)} of disk in all (derived)")
 
 
-def show_plan(planned: Plan, *, as_json: bool) -> None:
-    """Types per tensor, sizes, bits per weight, room on disk."""
+def show_plan(planned: Plan, *, as_json: bool, source: Source | None = None, low_disk: bool = False) -> None:
+    """Types per tensor, sizes, bits per weight, room on disk; what is to be fetched before."""
     from .. import quantize, store
 
     free = store.free_nbytes(planned.outputs[0].path.parent)
     if as_json:
         described = [quantize.describe(each) for each in planned.outputs]
-        output.emit_json(
-            {"source": planned.draft.name, "outputs": described, "free_nbytes": free, "needed_nbytes": planned.nbytes}
-        )
+        facts: dict[str, object] = {
+            "source": planned.draft.name,
+            "outputs": described,
+            "free_nbytes": free,
+            "needed_nbytes": planned.nbytes,
+        }
+        if source and source.download and source.shadow:
+            facts |= {
+                "fetch_nbytes": source.download.fetch_nbytes,
+                "fetched_nbytes": source.shadow.fetched_nbytes,
+                "commit": source.download.repository.commit,
+            }
+            if low_disk:
+                facts["low_disk"] = quantize.streaming.describe(quantize.low_disk_plan(planned))
+        output.emit_json(facts)
         return
     rows = [
         (
@@ -155,6 +212,8 @@ def show_plan(planned: Plan, *, as_json: bool) -> None:
     output.table(("tensor", "shape", "source", *(each.label for each in planned.outputs)), rows)
     output.emit()
     _size_table(planned)
+    if source:
+        _tell_way(planned, source, low_disk=low_disk)
     fits = "enough" if planned.nbytes <= free else "NOT enough"
     output.note(f"{output.size(planned.nbytes)} to write, {output.size(free)} free: {fits}. Nothing was written.")
 

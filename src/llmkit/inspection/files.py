@@ -17,6 +17,7 @@ from typing import Any
 
 from ..gguf import Array, GgufFile, TensorInfo, Value, ValueType
 from ..quants import QUANTS
+from ..roles import role_of
 
 _HEAD = 3  # items shown of an array
 
@@ -32,19 +33,6 @@ _SHAPE = {
     "experts used": "expert_used_count",
     "sliding window": "attention.sliding_window",
 }
-
-# role ← tensor name; the first match counts (llama.cpp: src/llama-arch.cpp, tensor names)
-_ROLES = (
-    ("norms", re.compile(r"norm")),
-    ("token embeddings", re.compile(r"^(per_layer_)?(token|position)_embd|^token_types")),
-    ("output", re.compile(r"^output(_b)?\.")),
-    ("experts", re.compile(r"_(ch)?exps\.|_shexp\.|ffn_gate_inp")),
-    ("attention", re.compile(r"\.attn_")),
-    ("feed-forward", re.compile(r"\.ffn_")),
-    ("state space", re.compile(r"\.ssm_")),
-    ("rope factors", re.compile(r"rope_(freqs|factors)")),
-    ("other", re.compile(r"")),
-)
 
 # what marks a turn in the template → the family of formats
 _TEMPLATE_STYLES = (
@@ -194,12 +182,7 @@ def by_type(tensors: Iterable[TensorInfo]) -> tuple[TensorGroup, ...]:
 
 def by_role(tensors: Iterable[TensorInfo]) -> tuple[TensorGroup, ...]:
     """Tensors grouped by what they do in the model, the largest group first."""
-    return _grouped((role(info.name), info) for info in tensors)
-
-
-def role(name: str) -> str:
-    """What the tensor called `name` does: "attention", "feed-forward", "norms" …, "other" when nobody knows."""
-    return next(word for word, pattern in _ROLES if pattern.search(name))
+    return _grouped((role_of(info.name), info) for info in tensors)
 
 
 def _grouped(pairs: Iterable[tuple[str, TensorInfo]]) -> tuple[TensorGroup, ...]:

@@ -1,0 +1,247 @@
+"""What MODEL means on the command line: here already, or planned, shown and fetched; made, where a quant was named.
+
+Every verb asks here, so that each takes the same names.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import LlmkitError, ModelNotFound
+from . import output
+
+if TYPE_CHECKING:
+    from ..hub import DownloadPlan, FileDone, Shadow
+    from ..quantize import Plan, Result
+
+MODEL_HELP = "org/name[@revision][:QUANT] of the Hub, a folder, or a .gguf file"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to read: `path`, here whole, or where `shadow` stands for what `download` would bring: headers only."""
+
+    path: Path
+    download: DownloadPlan | None = None
+    shadow: Shadow | None = None
+
+    @property
+    def name(self) -> str:
+        """Where it is, for people: the path here, or the repository and the file in it."""
+        first = self.download and self.download.choice.first
+        return f"{self.download.repository.name}: {first.path}" if self.download and first else str(self.path)
+
+
+def source(text: str, *, low_disk: bool = False) -> AbstractContextManager[Source]:
+    """What the user typed, as something to read headers from; kilobytes come where it is not on this machine.
+
+    With `low_disk` its shadow can take in the shards, one after another.
+    """
+    from .. import hub, model
+
+    ref = model.parse(text)
+    found = hub.find(ref)
+    return nullcontext(Source(found)) if found else _cast(hub.plan(ref, on_wait=output.note), low_disk)
+
+
+@contextmanager
+def _cast(planned: DownloadPlan, low_disk: bool = False) -> Iterator[Source]:
+    from .. import hub
+
+    if not any(each.fetch_nbytes for each in planned.files):  # whole in the cache, but for the links
+        yield Source(fetch(planned))
+        return
+    with (
+        output.ProgressBar() as bar,
+        hub.cast(planned, kept=low_disk, on_progress=bar, on_remark=_telling(bar)) as shadow,
+    ):
+        bar.clear()
+        came = output.size(shadow.fetched_nbytes)
+        output.note(f"{planned.ref}: headers and small files read, {came} came over the network")
+        with _as_named(shadow):
+            yield Source(shadow.path, planned, shadow)
+
+
+@contextmanager
+def outline(text: str) -> Iterator[Source]:
+    """As `source`, but of a model that is not here the headers and config.json alone: enough to measure it."""
+    from .. import hub, model
+
+    ref = model.parse(text)
+    if found := hub.find(ref):
+        yield Source(found)
+        return
+    planned = hub.plan(ref, on_wait=output.note)
+    with hub.outline(planned, ("config.json", "model.safetensors.index.json")) as shadow:
+        output.note(f"{ref}: headers read, {output.size(shadow.fetched_nbytes)} came over the network")
+        with _as_named(shadow):
+            yield Source(shadow.path, planned, shadow)
+
+
+@contextmanager
+def _as_named(shadow: Shadow) -> Iterator[None]:
+    """Let errors name the repository where they name the shadow's folder, which nobody knows and which will be gone."""
+    name = shadow.plan.repository.name
+
+    def said(text: str) -> str:
+        return text.replace(f"{shadow.folder}{os.sep}", f"{name}: ").replace(str(shadow.folder), name)
+
+    try:
+        yield
+    except LlmkitError as error:
+        error.message, error.hint = said(error.message), error.hint and said(error.hint)
+        raise
+
+
+def tell_plan(planned: DownloadPlan, *, stays: bool = True) -> None:
+    """The plan in a few lines, on stderr: what, how much, room, terms, what is left out; `stays`: it is kept, where."""
+    repository = planned.repository
+    facts = (
+        repository.licence and f"licence {repository.licence}",
+        repository.gated and "gated",
+        repository.private and "private",
+    )
+    terms = ", ".join(fact for fact in facts if fact)
+    output.note(f"{planned.ref}, commit {repository.commit[:8]}{f' ({terms})' if terms else ''}")
+    for remark in planned.remarks:
+        output.note(f"note: {remark}")
+    missing = planned.fetch_nbytes
+    here = planned.nbytes - missing
+    output.note(
+        f"fetch  {output.size(missing)} in {sum(each.fetch_nbytes > 0 for each in planned.files)} of"
+        f" {len(planned.files)} files" + (f"; {output.size(here)} are here already" if here and missing else "")
+    )
+    if stays:
+        fits = "enough" if missing <= planned.free_nbytes else "NOT enough"
+        output.note(f"into   {planned.folder}  ({output.size(planned.free_nbytes)} free: {fits})")
+    if planned.choice.left_out:
+        output.note("left   " + "; ".join(f"{count} {reason}" for reason, count in planned.choice.left_out.items()))
+
+
+def fetch(planned: DownloadPlan, *, workers: int = 4, on_file: Callable[[FileDone], None] | None = None) -> Path:
+    """Fetch with one bar over all, a line for each file that is done; returns what to open."""
+    from .. import hub
+
+    with output.ProgressBar() as bar:
+
+        def note(done: FileDone) -> None:
+            if on_file:
+                on_file(done)
+            tell_file(done, bar)
+
+        return hub.fetch(planned, workers=workers, on_progress=bar, on_file=note, on_remark=_telling(bar))
+
+
+def tell_file(done: FileDone, bar: output.ProgressBar) -> None:
+    """A line for a file that is whole now, unless it was here before."""
+    if done.how != "here":
+        bar.clear()
+        output.note(f"  {output.one_line(done.path)}  {output.size(done.size)}  {_HOW[done.how]}")
+
+
+def _telling(bar: output.ProgressBar) -> Callable[[str], None]:
+    def remark(text: str) -> None:
+        bar.clear()
+        output.note(f"  {output.one_line(text)}")
+
+    return remark
+
+
+def telling(shadow: Shadow, bar: output.ProgressBar) -> Shadow:
+    """The shadow, telling on the terminal of the weights it fetches."""
+    return replace(shadow, on_file=lambda done: tell_file(done, bar), on_remark=_telling(bar))
+
+
+_HOW = {"fetched": "fetched, verified", "resumed": "gone on with, verified", "linked": "linked from the cache"}
+
+
+def runnable(text: str) -> Path:
+    """A GGUF to run for what the user typed; where a checkpoint and a quant were named, it is made, once.
+
+    Raises LlmkitError when only a checkpoint was named: which quant is for the user to say.
+    """
+    from .. import hub, model, settings
+
+    ref = model.parse(text)
+    if ref.path is not None:
+        if not ref.path.is_dir():
+            return ref.path
+        files = sorted(ref.path.glob("*.gguf"))
+        word = output.shell_word
+        what = f"Give a file: {files[0]}" if files else f"Make one first: llmkit quantize {word(ref.path)} Q4_K_M"
+        raise ModelNotFound(f"{ref.path}: is a folder, a GGUF file is needed", what)
+    folder = settings.home() / "models" / str(ref.repo).replace("/", "--")
+    if ref.revision:
+        folder = folder / ref.revision.replace("/", "--")
+    made = folder / f"{ref.name}-{ref.quant}.gguf"
+    if ref.quant and made.is_file():
+        return made
+    found = hub.find(ref)
+    planned = None if found else hub.plan(ref, on_wait=output.note)
+    if found and found.is_file():
+        return found
+    if planned and planned.choice.kind == "gguf":
+        tell_plan(planned)
+        return fetch(planned)
+    if ref.quant is None:
+        raise LlmkitError(f"{ref}: is a checkpoint, and no quant was named", f"For instance {ref}:Q4_K_M")
+    _make_once(ref.quant, made, _cast(planned) if planned else nullcontext(Source(found or folder)))
+    return made
+
+
+def _make_once(label: str, path: Path, opened: AbstractContextManager[Source]) -> None:
+    """Make the GGUF `path` of a checkpoint, which is fetched when its headers have shown that this can be done."""
+    from .. import convert, quantize
+    from ..quants import quant
+
+    recipe = quantize.Recipe(quant(label))
+
+    def plan(checkpoint: Path) -> Plan:
+        return quantize.plan(convert.open_draft(checkpoint), [recipe], path.parent, file=path)
+
+    with opened as source:
+        planned = plan(source.path)
+        if source.download:
+            tell_plan(source.download)
+            output.note(f"make   {output.size(planned.nbytes)}, once: {path}")
+            planned = plan(fetch(source.download))
+    make(planned, force=True)
+
+
+def made_in(checkpoint: Path, label: str, folder: Path) -> Path:
+    """A GGUF of a checkpoint in `folder`, for a purpose that needs the file only for a while."""
+    from .. import convert, quantize
+    from ..quants import quant
+
+    planned = quantize.plan(convert.open_draft(checkpoint), [quantize.Recipe(quant(label))], folder)
+    make(planned)
+    return planned.outputs[0].path
+
+
+def make(
+    planned: Plan, *, force: bool = False, threads: int | None = None, shadow: Shadow | None = None
+) -> list[Result]:
+    """Check the outputs, then run the plan with a bar; tells what was there and what was resumed.
+
+    With a `shadow` its shards are fetched and released on the way.
+    """
+    from .. import quantize
+
+    left = quantize.check_outputs(planned, force=force)
+    for made in planned.outputs:
+        if made not in left.outputs:
+            output.note(f"{made.path}: made already from this source by this recipe; nothing to do")
+    with output.ProgressBar() as bar:
+        if shadow is None:
+            results = quantize.run(left, threads=threads, on_progress=bar)
+        else:
+            results = quantize.run_low_disk(left, telling(shadow, bar), threads=threads, on_progress=bar)
+    for result in results:
+        if result.resumed:
+            output.note(f"{result.output.path}: resumed, {result.resumed} tensors were done before")
+    return results
