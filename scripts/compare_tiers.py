@@ -24,8 +24,7 @@ from typing import Any
 
 from llmkit import engine
 from llmkit.gguf_writer import tensor_nbytes
-from llmkit.memory import assumed, shape
-from llmkit.memory.closed_form import ClosedForm, closed_form
+from llmkit.memory.closed_form import ClosedForm, assumed, closed_form, shape
 from llmkit.memory.setting import Setting
 from llmkit.quants import QUANTS, TENSOR_TYPES
 from sparse_models import PUBLISHED, Model, attention

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 import compare_tiers
 from llmkit.errors import InvalidModel, LlmkitError, Unsupported
 from llmkit.gguf import Value
-from llmkit.memory import assumed, shape
-from llmkit.memory.closed_form import closed_form, kv_nbytes, parse_count, rough
+from llmkit.memory.closed_form import assumed, closed_form, kv_nbytes, parse_count, rough, shape
 from llmkit.memory.setting import Setting
 from llmkit.quants import QUANTS
 from sparse_models import PUBLISHED, Model, attention

@@ -12,8 +12,9 @@ import pytest
 
 from llmkit import engine
 from llmkit.errors import LlmkitError, Unsupported
-from llmkit.memory import bandwidth, devices, machine
-from llmkit.memory.device_table import DEVICES, GB, GENERAL, GIB, USABLE_RULES, Device
+from llmkit.memory import devices
+from llmkit.memory.devices import bandwidth, machine
+from llmkit.memory.devices.device_table import DEVICES, GB, GENERAL, GIB, USABLE_RULES, Device
 
 # ── the rows ──
 

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from compare_tiers import layouts
-from llmkit.memory import assumed, shape
-from llmkit.memory.closed_form import closed_form
+from llmkit.memory.closed_form import assumed, closed_form, shape
 from llmkit.memory.setting import Setting
 from sparse_models import PUBLISHED
 

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
-    from ..memory.device_table import Device
     from ..memory.devices import Machine
+    from ..memory.devices.device_table import Device
     from ..memory.speed import SpeedRange, Traffic
 
 EXAMPLES = (

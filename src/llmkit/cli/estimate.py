@@ -18,7 +18,7 @@ from .quantize import count_argument, size_argument
 
 if TYPE_CHECKING:
     from ..convert import GgufDraft
-    from ..memory.device_table import Device
+    from ..memory.devices.device_table import Device
     from ..memory.setting import Setting
     from ..memory.table import Row
     from .models import Source
@@ -337,7 +337,7 @@ def _closed(args: argparse.Namespace, source: Source, place: Place) -> int:
 
 
 def _trained_of_config(config: dict[str, object]) -> int:
-    from ..memory import shape
+    from ..memory.closed_form import shape
 
     return shape.of_config(config).context_trained or _CONTEXT
 

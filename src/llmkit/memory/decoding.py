@@ -9,7 +9,7 @@ from ..convert.draft import GgufDraft
 from ..errors import LlmkitError
 from ..gguf_writer import tensor_nbytes
 from . import speed
-from .device_table import Device
+from .devices.device_table import Device
 from .parts import MemoryEstimate
 from .speed import SpeedRange, Traffic
 

@@ -9,11 +9,11 @@ from typing import Any
 from ..convert.draft import GgufDraft
 from ..errors import LlmkitError
 from ..gguf_writer import tensor_nbytes
-from . import assumed, closed_form, resident, shape
-from .closed_form import ClosedForm
+from . import closed_form, resident
+from .closed_form import ClosedForm, assumed, shape
+from .closed_form.shape import Shape
 from .parts import CLOSED_FORM, DERIVED, LOOKED_UP, ROUGH, MemoryEstimate, Part, Variant
 from .setting import Setting
-from .shape import Shape
 
 # bits a weight nominally has, for the rule of thumb
 NOMINAL_BITS = {

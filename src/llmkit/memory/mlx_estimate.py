@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from ..convert.draft import GgufDraft
 from ..convert.tensors import LazyTensor
 from ..errors import Unsupported
-from . import closed_form, shape
+from . import closed_form
+from .closed_form import shape
+from .closed_form.shape import MLA, RECURRENT, WINDOW, Shape
 from .parts import DERIVED, Part
 from .setting import Setting
-from .shape import MLA, RECURRENT, WINDOW, Shape
 
 BITS, GROUPS = (2, 3, 4, 6, 8), (32, 64, 128)
 USUAL_GROUP = 64

@@ -26,7 +26,8 @@ from ..convert.tensors import LazyTensor
 from ..errors import LlmkitError
 from ..gguf_writer import padded, tensor_nbytes
 from ..quants import TensorType
-from . import cells, closed_form, shape
+from . import closed_form
+from .closed_form import cells, shape
 from .parts import DERIVED, MemoryEstimate, Part
 from .setting import Setting
 

@@ -10,7 +10,7 @@ from ..errors import LlmkitError
 from . import decoding, fit
 from . import estimate as memory
 from .decoding import Decoding
-from .device_table import Device
+from .devices.device_table import Device
 from .parts import MemoryEstimate
 from .published import Hint, hint
 from .setting import Setting

@@ -12,10 +12,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..errors import LlmkitError, Unsupported
-from ..quants import TENSOR_TYPES
+from ...errors import LlmkitError, Unsupported
+from ...quants import TENSOR_TYPES
+from ..setting import Setting
 from . import assumed, cells, graph
-from .setting import Setting
 from .shape import BOTH, FULL, MLA, RECURRENT, WINDOW, Shape
 
 _F32 = 4

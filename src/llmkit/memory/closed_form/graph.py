@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..quants import TENSOR_TYPES
+from ...quants import TENSOR_TYPES
+from ..setting import Setting
 from . import cells
 from .placement import Peak, Tape
-from .setting import Setting
 from .shape import BOTH, MLA, NEITHER, RECURRENT, WINDOW, Layer, Shape
 
 _F16, _F32, _I64 = 2, 4, 8

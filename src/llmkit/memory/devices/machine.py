@@ -12,8 +12,8 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .. import engine
-from ..errors import LlmkitError
+from ... import engine
+from ...errors import LlmkitError
 
 _CGROUP = Path("/sys/fs/cgroup")
 _NO_LIMIT = 1 << 60  # cgroup v1 writes "no limit" as a huge number

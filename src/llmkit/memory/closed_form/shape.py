@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import InvalidModel
-from ..gguf import Array, Value
+from ...errors import InvalidModel
+from ...gguf import Array, Value
 from . import config_names
 
 _MAX_LAYERS = 4096  # far beyond any model; the engine itself holds 512

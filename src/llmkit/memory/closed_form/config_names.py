@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import InvalidModel
+from ...errors import InvalidModel
 
 # GGUF's word → what config.json calls it, most usual first
 _NAMES: dict[str, tuple[str, ...]] = {

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import prod
 
-from ..errors import Unsupported
-from ..quants import quant
+from ...errors import Unsupported
+from ...quants import quant
 from .shape import BOTH, FULL, MLA, RECURRENT, WINDOW, Layer, Shape
 
 _F32 = 32.0

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from ..errors import LlmkitError, Unsupported, nearest
+from ...errors import LlmkitError, Unsupported, nearest
 from . import bandwidth, machine
 from .device_table import ABOUT_TOPS, DEVICES, GB, GIB, USABLE_RULES, Compute, Device
 

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import settings, store
+from ... import settings, store
 from . import machine
 
 if TYPE_CHECKING:

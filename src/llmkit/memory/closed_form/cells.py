@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .setting import Setting
+from ..setting import Setting
 from .shape import Shape
 
 _PADDING = 256
