@@ -10,6 +10,7 @@ import importlib
 import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -328,9 +329,10 @@ def source_tree() -> str:
         if path.suffix == ".py" and path.name != "__init__.py":
             rows.append((f"  {path.stem}", _first_clauses(path)))
         elif (path / "__init__.py").is_file():
-            rows += [(f"  {path.name}/", _first_clauses(path / "__init__.py")), ("", _names(path))]
+            rows.append((f"  {path.name}/", _first_clauses(path / "__init__.py")))
             inner = [folder for folder in sorted(path.iterdir()) if (folder / "__init__.py").is_file()]
-            rows += [("", f"{folder.name}/ {_names(folder)}") for folder in inner]
+            for words in (_names(path), *(f"{folder.name}/ {_names(folder)}" for folder in inner)):
+                rows += [("", line) for line in textwrap.wrap(words, TREE_WIDTH, subsequent_indent="  ")]
     width = max(len(name) for name, _ in rows)
     return "".join(f"{name:<{width}}  {text}".rstrip() + "\n" for name, text in rows)
 
