@@ -13,11 +13,11 @@ curl with a sync afterwards is printed, too. Runs alternate, the first round is 
 counts. Before each, as much memory as it will fill with file pages is touched and given back: in a virtual machine the
 first touch of a page costs more than the copying. "transfer" is hub.fetch alone, "whole" the whole process: Python and
 huggingface_hub take their time to start. Server and client share the machine's cores, and hashing is work that curl
-does not have: two cores are busy with ours, curl leaves half of one free, so whatever else runs there slows ours more.
+does not have: on two cores ours keeps both busy, and whatever else runs there slows it more than curl.
 How much that was is printed. Memory is the peak of the process (VmHWM). The exit code is 1 when a limit is missed.
 
     bench_download.py            200 MB, 20 kills; 1 GB in one file and in four, 7 rounds
-    bench_download.py --quick    100 MB, 6 kills; 300 MB, 3 rounds; under 45 s
+    bench_download.py --quick    100 MB, 6 kills; 300 MB, 2 rounds; under 45 s on an idle machine
 """
 
 from __future__ import annotations
@@ -356,12 +356,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="less of everything")
     parser.add_argument("--link", type=float, default=40.0, metavar="MB/S", help="rate of the link where kills happen")
-    parser.add_argument("--rounds", type=int, help="how often each way is measured (7; quick: 3)")
+    parser.add_argument("--rounds", type=int, help="how often each way is measured (7; quick: 2)")
     parser.add_argument("--only", choices=["kills", "rates"])
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     args = parser.parse_args()
-    nbytes, n_kills, rounds = (300_000_000, 6, 3) if args.quick else (1_000_000_000, 20, 7)
+    nbytes, n_kills, rounds = (300_000_000, 6, 2) if args.quick else (1_000_000_000, 20, 7)
     facts = machine()
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     bench = Bench(Path(tempfile.mkdtemp(prefix="bench-download-", dir=args.folder)))

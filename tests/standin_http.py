@@ -124,7 +124,8 @@ class Wire(BaseHTTPRequestHandler):
         if first + limit < len(rows):
             cursor = base64.urlsafe_b64encode(str(first + limit).encode()).decode()
             query = urlencode({**self.query, "cursor": cursor}, doseq=True)
-            headers["Link"] = f'<http://{self.record.host}{urlsplit(self.path).path}?{query}>; rel="next"'
+            host = self.hub.links_to or self.record.host
+            headers["Link"] = f'<http://{host}{urlsplit(self.path).path}?{query}>; rel="next"'
         self.send_json(rows[first : first + limit], 200, headers)
 
     def send(self, body: bytes, status: int, headers: dict[str, str]) -> None:

@@ -72,6 +72,7 @@ class Hub:
         self.faults = Faults()
         self.guards: dict[str, Guard] = {}
         self.facts: dict[str, dict[str, Any]] = {}
+        self.links_to: str | None = None  # the host that links to a next page name, where it is not the one asked
         self._records: list[Record] = []
         self._settled = threading.Condition()
         self._log_file = log

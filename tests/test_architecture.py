@@ -280,7 +280,7 @@ def test_the_environment_is_read_in_settings() -> None:
 def test_verbs_are_the_files_in_cli() -> None:
     from llmkit.cli.main import VERBS
 
-    frame = {"__init__", "main", "memory_views", "models", "output"}
+    frame = {"__init__", "main", "memory_arguments", "memory_views", "models", "output"}
     assert set(VERBS) == {path.stem for path in (PACKAGE / "cli").glob("*.py")} - frame
 
 

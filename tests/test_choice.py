@@ -105,6 +105,11 @@ def test_sentence_transformers() -> None:
     assert names(chosen(*wanted, *others)) == wanted
 
 
+def test_companions_are_no_quants() -> None:
+    choice = chosen("x-Q8_0.gguf", "x-Q4_K_M.gguf", "mmproj-F16.gguf", "imatrix.gguf", quant="Q8_0")
+    assert choice.left_out == {"other quants": 1, "no models of their own": 2}
+
+
 def test_one_file_of_another_name() -> None:
     assert names(chosen("config.json", "weights.safetensors")) == {"config.json", "weights.safetensors"}
 

@@ -201,7 +201,7 @@ def test_ctrl_c_during_a_single_answer_is_130(smollm2_gguf: Path) -> None:
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert "The answer ends here." in err.decode() and "Traceback" not in err.decode()
+    assert "The answer ends here; " in err.decode() and "Traceback" not in err.decode()
 
 
 # ── the loop ──

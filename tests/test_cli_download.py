@@ -16,7 +16,8 @@ import pytest
 
 import desks
 from desks import PATIENCE, QUANTIZED, TINY, Desk, Silence, files, size, wait_until, weights
-from standin_faults import Status, Trickle, UnsafeName
+from llmkit.hub import claim, sweep
+from standin_faults import Stall, Status, Trickle, UnsafeName
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and pseudo-terminals of POSIX")
 root, serving, desk, silence = desks.root, desks.serving, desks.desk, desks.silence
@@ -140,6 +141,32 @@ def test_sweep(desk: Desk, root: Path) -> None:
     assert models(Path(desk.ok("download", TINY).stdout.strip())) == models(root / TINY)
 
 
+def test_what_a_sweep_leaves_alone(desk: Desk) -> None:
+    """Unfinished files of other programs in a folder of the user's; what was taken up between the look and the yes."""
+    old = (time.time() - 3600,) * 2
+    theirs = desk.out / ".cache" / "huggingface" / "download" / "x.01234567.incomplete"
+    strange, taken = desk.out / "film.incomplete", desk.out / "model.safetensors.partial"
+    theirs.parent.mkdir(parents=True)
+    for path in (theirs, strange, taken):
+        path.write_bytes(b"x" * 5000)
+        os.utime(path, old)
+    (desk.out / "model.safetensors.partial.json").write_text("{}")
+    shown = desk.ok("download", "--sweep", "--to", ".", "--dry-run")
+    assert {Path(line.split()[0]) for line in shown.stdout.splitlines()[1:]} == {theirs, taken}
+    refused = desk.run("download", "--sweep", "--to", ".", "--json")
+    assert (refused.returncode, refused.stdout) == (1, "") and "--yes" in refused.stderr
+
+    def look() -> list[sweep.Leftover]:
+        return list(sweep._under(desk.out))
+
+    with claim.claim(desk.out / "model.safetensors"):
+        assert {each.path: each.busy for each in look()} == {theirs: False, taken: True}
+        assert [each.path for each in sweep.delete(look())] == [theirs]
+    assert taken.exists() and (desk.out / "model.safetensors.partial.json").exists()
+    assert [each.path for each in sweep.delete(look())] == [taken]
+    assert [path.name for path in desk.out.iterdir() if path.is_file()] == ["film.incomplete"]
+
+
 def test_sweep_of_a_conversion(desk: Desk) -> None:
     """What --low-disk holds while it runs stays; what it left when killed goes."""
     desk.hub.fail(TINY, SHARD, Trickle(5e5), times=None)
@@ -153,7 +180,42 @@ def test_sweep_of_a_conversion(desk: Desk) -> None:
     assert "--low-disk" in after.stdout and "freed" in after.stderr and not list(streams.iterdir())
 
 
+@pytest.mark.parametrize("verb", [("inspect", f"{TINY}"), ("quantize", TINY, "Q8_0", "--low-disk")])
+def test_ctrl_c_while_headers_do_not_come(desk: Desk, verb: tuple[str, ...]) -> None:
+    desk.hub.fail(TINY, "*.safetensors", Stall(0, 60), times=None)
+    with desk.running(*verb) as process:
+        wait_until(lambda: len(weights(desk.hub)) >= 5, process)
+        start = time.monotonic()
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=PATIENCE)
+    assert time.monotonic() - start < 5, "it did not wait for the silent server"
+    assert process.returncode == 130 and "Interrupted." in said and "Traceback" not in said
+
+
 # --- refusals and secrets --------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_cannot_be(desk: Desk) -> None:
+    """The hint names the option or variable that chooses the folder."""
+    (desk.out / "file").write_text("mine")
+    blocked = str(desk.out / "file" / "below")
+    assert "another folder with --to" in desk.refused("download", TINY, "--to", "file")
+    assert "HF_HUB_CACHE" in desk.refused("download", TINY, HF_HUB_CACHE=blocked)
+    assert "LLMKIT_HOME" in desk.refused("quantize", TINY, "Q8_0", "--low-disk", LLMKIT_HOME=blocked)
+    desk.hub.clear()
+    assert "LLMKIT_HOME" in desk.refused("chat", f"{TINY}:Q8_0", "--prompt", "x", LLMKIT_HOME=blocked)
+    assert weights(desk.hub) == [], "said before anything is fetched"
+    assert "--out" in desk.refused("quantize", TINY, "Q8_0", "--out", blocked)
+    assert "token" in desk.refused("download", TINY, HF_HOME=blocked), "it is kept there"
+
+
+def test_the_next_command(desk: Desk) -> None:
+    assert desk.ok("download", f"{TINY}:Q8_0").stderr.endswith(f"next: llmkit quantize {TINY}:Q8_0\n")
+    assert desk.ok("download", f"{TINY}:Q8_0", "--to", "here").stderr.endswith("next: llmkit quantize here Q8_0\n")
+    assert desk.ok("download", TINY).stderr.endswith(f"next: llmkit quantize {TINY} Q4_K_M\n")
+    assert desk.ok("quantize", f"{TINY}:Q8_0", "--dry-run").returncode == 0
+    said = desk.refused("inspect", TINY)
+    assert f"{TINY}: is a folder or a checkpoint" in said and f"llmkit quantize {TINY} Q4_K_M --dry-run" in said
 
 
 def test_every_refusal_names_the_next_step(desk: Desk) -> None:
@@ -262,6 +324,6 @@ def test_sweep_asks(desk: Desk) -> None:
     orphan.write_bytes(b"x" * 5000)
     os.utime(orphan, (time.time() - 3600,) * 2)
     code, shown = on_terminal(desk, "download", "--sweep", answer="n\n")
-    assert code == 1 and "Delete 1 files" in shown and orphan.exists()
+    assert code == 1 and "Delete 1 leftover, " in shown and orphan.exists()
     code, shown = on_terminal(desk, "download", "--sweep", answer="y\n")
     assert code == 0 and "freed" in shown and not orphan.exists()

@@ -257,7 +257,7 @@ def test_a_file_cut_short(share: float, small: Path, tmp_path: Path, cli: Cli) -
 
 def test_a_folder(tmp_path: Path, cli: Cli) -> None:
     done = cli("inspect", tmp_path)
-    assert done.returncode == 1 and "is a folder, expected a GGUF file" in done.stderr
+    assert done.returncode == 1 and "is a folder or a checkpoint, expected a GGUF file" in done.stderr
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")

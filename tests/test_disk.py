@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+import desks
 import fetching
+from desks import BIG, Desk, shards_of, size, weights
 from fetching import REPO, WEIGHTS, Client, Outcome, assert_holds, checkpoint
 from llmkit import hub, model
 from llmkit.errors import AccessDenied, LlmkitError, NotEnoughRoom
@@ -20,6 +24,7 @@ from llmkit.progress import Progress
 from standin_faults import Trickle
 
 FILES = checkpoint()
+root, serving, desk = desks.root, desks.serving, desks.desk
 
 
 @pytest.fixture
@@ -118,6 +123,23 @@ def test_a_read_only_cache_will_do_when_all_is_here(here: Client, tmp_path: Path
         here.hub.add_synthetic(REPO, checkpoint(seed=1))
         with pytest.raises(LlmkitError, match="[Rr]ead-only"):
             reader.fetch()
+
+
+def test_the_room_for_the_whole_way(desk: Desk, root: Path, tmp_path: Path) -> None:
+    """A plan asks for what comes and for what is written together; so do those who begin."""
+    come = size(root / BIG)
+    made = json.loads(desk.ok("quantize", BIG, "Q8_0", "--dry-run", "--json").stdout)["needed_nbytes"]
+    for share, words in ((0.5, "NOT enough"), (1.5, "free: enough")):
+        with small_disk(tmp_path / "disk", f"size={int(come + share * made)}") as disk:
+            there = {"HF_HUB_CACHE": str(disk / "cache"), "LLMKIT_HOME": str(disk / "home")}
+            shown = desk.ok("quantize", BIG, "Q8_0", "--out", disk, "--dry-run", **there).stderr
+            assert f"{words}. Nothing was written." in shown
+            if share < 1:
+                shutil.rmtree(disk / "cache")
+                desk.hub.clear()
+                assert "are needed" in desk.refused("quantize", BIG, "Q8_0", "--out", disk, **there)
+                assert "llmkit rm" in desk.refused("chat", f"{BIG}:Q8_0", "--prompt", "x", **there)
+                assert shards_of(weights(desk.hub)) == [], "said before the first shard"
 
 
 def test_no_room_for_another_name(here: Client, tmp_path: Path) -> None:

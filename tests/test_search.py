@@ -233,6 +233,19 @@ def test_pages_are_followed(asked: Search, hub: standin_hub.Hub) -> None:
     assert row["n_weights"] is None and row["q4_k_m_nbytes"] is None and row["formats"] == []
 
 
+def test_pages_that_lead_elsewhere_are_asked_of_the_same_hub(
+    asked: Search, hub: standin_hub.Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a mirror that passes on the Hub's own links; and whoever else is named there gets no token."""
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    for number in range(110):
+        hub.add_synthetic(f"many/page-{number}", {"config.json": b"{}"})
+    with standin_hub.serve(tmp_path) as other:
+        hub.links_to = other.address.removeprefix("http://")
+        assert len(by_name(asked("page", "--limit", "105", "--json"))) == 105
+        assert other.log == []
+
+
 def test_unknown_is_a_dash_and_nothing_found_is_said(asked: Search, hub: standin_hub.Hub) -> None:
     hub.add_synthetic("org/riddle", {"notes.txt": b"?"})
     (line,) = asked("riddle").stdout.splitlines()[1:]

@@ -202,7 +202,23 @@ def test_retry_after_is_kept_to(here: Client) -> None:
 @pytest.mark.parametrize("asked", ["soon", "nan", "-1", "1e9", "Wed, 21 Oct 2026 07:28:00 GMT"])
 def test_a_retry_after_that_is_no_number_is_not_believed(asked: str) -> None:
     assert client.wait_seconds(asked, 3) == 4
-    assert client.wait_seconds("86400", 1) == 60
+    assert client.wait_seconds("86400", 1) == 300
+
+
+def test_the_rate_limit_is_kept_to() -> None:
+    """In the words of the Hub's own answers, as huggingface_hub reads them."""
+    from huggingface_hub.utils._http import parse_ratelimit_headers
+
+    for words in ('"api";r=0;t=55', '"resolvers"; r=0; t=290'):
+        told = parse_ratelimit_headers({"RateLimit": words})
+        assert told is not None and client.wait_seconds(client.asked_wait({"RateLimit": words}), 1) == (
+            told.reset_in_seconds
+        )
+    assert client.asked_wait({"RateLimit": '"api";r=0;t=55', "Retry-After": "3"}) == "3"
+    assert client.asked_wait({"RateLimit": '"api";r=400;t=55'}) is None, (
+        "the refusal is not about the number of requests"
+    )
+    assert client.asked_wait({}) is None
 
 
 def test_an_error_that_stays_is_given_up(here: Client) -> None:
@@ -345,6 +361,6 @@ def test_a_listing_that_leads_elsewhere(
     for server in (here.hub, elsewhere):
         server.add_synthetic(REPO, many)
         server.clear()
-    with pytest.raises(LlmkitError, match="goes on at another address"):
-        here.plan()
-    assert [request.authorization for request in elsewhere.log] == [None], "its next page is there, and not asked for"
+    assert here.plan().choice.left_out == {"not needed to run the model": 1000}
+    assert [request.authorization for request in elsewhere.log] == [None, None]
+    assert len(here.hub.requests(contains="/tree/")) == 2, "the next page was asked of the Hub itself"

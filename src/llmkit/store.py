@@ -13,6 +13,10 @@ from pathlib import Path
 
 from .errors import AccessDenied, LlmkitError, NotEnoughRoom
 
+# what verbs that write to --out can do about a folder; others have words of their own
+ANOTHER_FOLDER = "Choose another folder with --out."
+MORE_ROOM = "Free some room, choose another folder with --out, or a smaller quant."
+
 
 def partial_path(path: Path) -> Path:
     """Where the unfinished version of `path` is kept."""
@@ -53,21 +57,19 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def make_folder(folder: Path) -> None:
-    """Make `folder` and check that files can be written there. Raises AccessDenied, LlmkitError."""
+def make_folder(folder: Path, hint: str = ANOTHER_FOLDER) -> None:
+    """Make `folder` and check that files can be written there. Raises AccessDenied, LlmkitError, with this hint."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".llmkit-{os.getpid()}"
         probe.touch()
         probe.unlink()
     except PermissionError:
-        raise AccessDenied(f"{folder}: may not be written", "Choose another folder with --out.") from None
+        raise AccessDenied(f"{folder}: may not be written", hint) from None
     except (FileExistsError, NotADirectoryError):
-        raise LlmkitError(f"{folder}: is a file, expected a folder", "Choose another folder with --out.") from None
+        raise LlmkitError(f"{folder}: a folder is needed, and a file is in its place", hint) from None
     except OSError as error:
-        raise AccessDenied(
-            f"{folder}: cannot be written: {error.strerror}", "Choose another folder with --out."
-        ) from error
+        raise AccessDenied(f"{folder}: cannot be written: {error.strerror}", hint) from error
 
 
 def free_nbytes(folder: Path) -> int:
@@ -77,17 +79,17 @@ def free_nbytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def require_room(folder: Path, nbytes: int) -> None:
-    """Raise NotEnoughRoom unless `nbytes` fit."""
+def require_room(folder: Path, nbytes: int, hint: str = MORE_ROOM) -> None:
+    """Raise NotEnoughRoom, with this hint, unless `nbytes` fit."""
     free = free_nbytes(folder)
     if nbytes > free:
         raise NotEnoughRoom(
             f"{folder}: {nbytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free",
-            "Free some room, choose another folder with --out, or a smaller quant.",
+            hint,
         )
 
 
-def require_rooms(needs: Iterable[tuple[Path, int]]) -> None:
+def require_rooms(needs: Iterable[tuple[Path, int]], hint: str = MORE_ROOM) -> None:
     """Raise NotEnoughRoom unless all (folder, bytes) fit, summed where folders share a disk."""
     disks: dict[int, tuple[Path, int]] = {}
     for folder, nbytes in needs:
@@ -95,4 +97,4 @@ def require_rooms(needs: Iterable[tuple[Path, int]]) -> None:
         first, together = disks.get(device, (folder, 0))
         disks[device] = (first, together + nbytes)
     for folder, nbytes in disks.values():
-        require_room(folder, nbytes)
+        require_room(folder, nbytes, hint)

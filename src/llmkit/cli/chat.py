@@ -29,7 +29,7 @@ EXAMPLES = (
     'llmkit chat model.gguf --prompt "Where is Paris?" --show-probabilities',
 )
 MOST_THREADS = 512  # the engine's own limit (ggml/include/ggml.h: GGML_MAX_N_THREADS)
-KEPT = "The answer ends here."
+KEPT = "The answer ends here; what was fetched or made of the model is kept."
 _DIM = 244
 # option of the command line and name in /set → type; the names are Sampling's
 SAMPLING = {

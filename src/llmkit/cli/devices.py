@@ -11,7 +11,7 @@ import textwrap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from . import models, output
+from . import memory_views, models, output
 from .quantize import count_argument
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def show(args: argparse.Namespace) -> None:
         output.emit_json({"devices": [_plain(each) for each in listed], "this_machine": here})
         return
     sources = list(dict.fromkeys(source for each in listed for source in _sources(each)))
-    headers = ("device", "memory GB", "GB/s", "how", "usable GB", "TOPS, and what they mean", "source")
+    headers = ("device", "memory GB", "GB/s", "how", "usable GiB", "TOPS, and what they mean", "source")
     output.table(headers, [_row(each, sources) for each in listed], "lrrlrll")
     output.emit()
     for number, source in enumerate(sources, 1):
@@ -206,13 +206,13 @@ def compare(args: argparse.Namespace) -> None:
     if args.measure:
         devices.this_machine(again=True)
     chosen = [devices.find(name) for name in args.compare]
-    with models.source(args.model) as source:
+    with models.outline(args.model) as source:
         need = _need(source.path, args)
     verdicts = [_verdict(device, size, need) for device in chosen for size in device.memory or (0,)]
     if args.json:
         output.emit_json({"need": need, "nbytes": need.nbytes, "devices": verdicts})
         return
-    headers = ("device", "memory GB", "usable GB", "needs GB", "fits", "GB/s", "tokens/s", "ceiling")
+    headers = ("device", "memory GB", "usable GiB", "needs GiB", "fits", "GB/s", "tokens/s", "ceiling")
     output.table(headers, [_verdict_row(each, need) for each in verdicts], "lrrrlrrr")
     output.emit()
     output.emit(
@@ -252,13 +252,9 @@ def _verdict_row(verdict: Verdict, need: Need) -> tuple[str, ...]:
         _gib(need.nbytes),
         f"yes, {_gib(left)} left" if verdict.fits else f"no, {_gib(-left)} short",
         "-" if verdict.bandwidth is None else f"{verdict.bandwidth / _GB:.4g}",
-        f"{_speed(estimate.low)} to {_speed(estimate.high)}" if estimate else "-",
-        _speed(estimate.ceiling) if estimate else "-",
+        f"{memory_views.speed(estimate.low)} to {memory_views.speed(estimate.high)}" if estimate else "-",
+        memory_views.speed(estimate.ceiling) if estimate else "-",
     )
-
-
-def _speed(tokens: float) -> str:
-    return f"{tokens:,.0f}" if tokens >= 10 else f"{tokens:.1f}"
 
 
 def _need(path: Path, args: argparse.Namespace) -> Need:

@@ -112,31 +112,34 @@ def _suggest(typed: str, path: Path, planned: DownloadPlan) -> None:
     if planned.choice.kind == "gguf":
         output.next_command(f"llmkit chat {where}")
     elif planned.choice.kind == "checkpoint":
-        output.next_command(f"llmkit quantize {where} {planned.choice.to_make or 'Q4_K_M'}")
+        made = planned.choice.to_make
+        named = "" if made and not planned.to else f" {made or 'Q4_K_M'}"  # what was typed names it already
+        output.next_command(f"llmkit quantize {where}{named}")
 
 
 def _sweep(args: argparse.Namespace) -> int:
+    from ..errors import LlmkitError
     from ..hub import sweep
 
+    gone: list[sweep.Leftover] = []
     leftovers = sweep.find([args.to] if args.to else [])
     free, busy = [each for each in leftovers if not each.busy], [each for each in leftovers if each.busy]
-    if not (args.json and args.yes):
+    if free and not args.json:
         rows = [(each.path, output.size(each.nbytes), each.what, output.duration(each.age_seconds)) for each in free]
-        if rows and not args.json:
-            output.table(("leftover", "size", "of", "age"), rows, "lrlr")
+        output.table(("leftover", "size", "of", "age"), rows, "lrlr")
     total = sum(each.nbytes for each in free)
+    question = f"Delete {len(free)} leftover{'s' * (len(free) != 1)}, {output.size(total)}?"
     if busy:
         output.note(f"{len(busy)} more belong to downloads that run now and stay.")
     if not free:
         output.note("Nothing to sweep.")
     elif args.dry_run:
         output.note(f"{output.size(total)} could be freed. Nothing was deleted.")
-    elif args.yes or output.confirm(f"Delete {len(free)} files, {output.size(total)}?"):
-        sweep.delete(free)
-        output.note(f"{output.size(total)} freed.")
+    elif args.yes or (not args.json and output.confirm(question)):
+        gone = sweep.delete(free)
+        output.note(f"{output.size(sum(each.nbytes for each in gone))} freed.")
     else:
-        output.note("Nothing was deleted; --yes deletes without asking.")
-        return 1
+        raise LlmkitError("nothing was deleted", "Add --yes to delete without asking.")
     if args.json:
-        output.emit_json({"leftovers": leftovers, "nbytes": total, "deleted": bool(free) and not args.dry_run})
+        output.emit_json({"leftovers": leftovers, "nbytes": total, "deleted": bool(gone)})
     return 0

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import argparse
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import memory_views, models, output
-from .quantize import count_argument, size_argument
+from . import memory_arguments, memory_views, models, output
+from .memory_arguments import MLX, USUAL_CONTEXT
+from .quantize import count_argument
 
 if TYPE_CHECKING:
     from ..convert import GgufDraft
-    from ..memory.devices.device_table import Device
     from ..memory.setting import Setting
     from ..memory.table import Row
+    from .memory_arguments import Place
     from .models import Source
 
 EXAMPLES = (
@@ -31,16 +31,18 @@ EXAMPLES = (
     "llmkit estimate model-Q4_K_M.gguf --verify",
     "llmkit estimate 70B",
 )
-_CONTEXT = 4096
 _COUNT = re.compile(r"(\d+x)?\d+(\.\d+)?[KMBTkmbt]")
 _USUAL = "Q4_K_M"
+_MOST_CONTEXT = 1 << 26
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """MODEL, quants, and how it will be run."""
     parser.add_argument("model", metavar="MODEL", help=f"{models.MODEL_HELP}; or a count: 7B")
     parser.add_argument("quants", nargs="*", metavar="QUANT", help="compare these (default: one for each bit width)")
-    parser.add_argument("--context", type=_context, default=_CONTEXT, metavar="N|max", help="tokens (default 4096)")
+    parser.add_argument(
+        "--context", type=_context, default=USUAL_CONTEXT, metavar="N|max", help="tokens (default 4096)"
+    )
     parser.add_argument(
         "--fit", metavar="SIZE|DEVICE", help="memory there is: 8GB, 'RTX 4090', 'M2 Max 64GB' (default: this machine)"
     )
@@ -51,7 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=count_argument, metavar="N", help="tokens handed over at once")
     parser.add_argument("--ubatch", type=count_argument, metavar="N", help="tokens worked on at once")
     parser.add_argument("--parallel", type=count_argument, metavar="N", help="conversations at the same time")
-    parser.add_argument("--no-flash-attention", action="store_true", help="as without flash attention")
+    parser.add_argument(
+        "--flash-attention", action=argparse.BooleanOptionalAction, help="with or without it (default: as the runtime)"
+    )
     parser.add_argument("--no-mmap", action="store_true", help="load the file instead of mapping it")
     parser.add_argument(
         "--gpu-layers", type=_layers, metavar="N|auto", help="split over the GPUs of --fit (commas between several)"
@@ -66,60 +70,60 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _context(text: str) -> int | str:
-    return text if text == "max" else count_argument(text)
+    if text == "max":
+        return text
+    # laying a context out takes memory for each token, though no cache is made
+    if (count := count_argument(text)) > _MOST_CONTEXT:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than {_MOST_CONTEXT:,} tokens: no model has such a context")
+    return count
 
 
 def _layers(text: str) -> int | str:
     return text if text == "auto" else count_argument(text, least=0)
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where the model is to fit: bytes for it, how they are known, and the devices, if any were named."""
-
-    nbytes: int
-    words: str
-    devices: tuple[Device, ...] = ()
-
-    @property
-    def device(self) -> Device | None:
-        """The one device, None where there are several or none."""
-        return self.devices[0] if len(self.devices) == 1 else None
-
-
 def run(args: argparse.Namespace) -> int:
     """Measure and show."""
+    from ..errors import LlmkitError
+
+    if args.cpu_moe and args.gpu_layers is None:
+        raise LlmkitError("--cpu-moe is about GPUs: it needs --gpu-layers", "For example --gpu-layers auto.")
     if args.plot:
         from ..memory import plot
 
         plot.check(args.plot)
-    place = _place(args.fit)
+    place = memory_arguments.place(args.fit)
     if _COUNT.fullmatch(args.model) and not Path(args.model).exists():
         return _rough(args, place)
+    from ..memory import estimate as memory
+
     with models.outline(args.model) as source:
         draft = _draft(source)
         if draft is None:
             return _closed(args, source, place)
-        trained = trained_context(draft)
-        if args.runtime.lower() == "mlx":
+        trained = memory.trained_context(draft) or USUAL_CONTEXT
+        if args.runtime.lower() == MLX:
             return _mlx(args, draft, trained, place)
-        setting = _setting(args, trained)
-        if setting.context > trained:
-            output.note(f"note: the model was trained for {trained:,} tokens; beyond them it may lose the thread")
+        setting = memory_arguments.setting(args, trained)
         if args.verify:
             return _verify(args, source, setting)
         return _exact(args, source, draft, setting, place)
 
 
 def _exact(args: argparse.Namespace, source: Source, draft: GgufDraft, setting: Setting, place: Place) -> int:
+    from ..memory import estimate as memory
     from ..memory import table
 
-    trained = trained_context(draft)
-    labels = _labels(args, draft)
-    rows = table.rows(draft, labels, setting, trained=trained, budget=place.nbytes, device=place.device)
-    rows = [_with_companions(args, row, place) for row in rows]
+    trained = memory.trained_context(draft) or USUAL_CONTEXT
+    rows = table.rows(
+        draft, memory_arguments.labels(args, draft), setting, trained=trained, budget=place.nbytes, device=place.device
+    )
+    if why := rows[0].estimate.why_not_asked:
+        memory_arguments.only_for_the_engine(args, "this model")
+        output.note(f"note: the engine could not be asked, so closed forms answer: {why}")
+    rows = _with_companions(args, rows, setting, place)
     if args.plot:
-        memory_views.plot(args.plot, draft, rows, setting, trained, place.nbytes, place.words)
+        memory_views.plot(args.plot, draft, rows, setting, trained, place.nbytes, place.name)
     facts: dict[str, object] = {
         "fetched_nbytes": source.shadow.fetched_nbytes if source.shadow else 0,
         "context_trained": trained,
@@ -134,32 +138,24 @@ def _exact(args: argparse.Namespace, source: Source, draft: GgufDraft, setting: 
         return 0
     if not (args.techniques or args.gpu_layers is not None):
         if one:
-            memory_views.parts(one, place.words)
+            memory_views.parts(one, _label(one, draft), place.name, on_gpu=bool(place.gpus))
         else:
-            memory_views.table(draft, rows, setting)
+            memory_views.table(rows, setting, on_gpu=bool(place.gpus))
         _close(args, draft, rows, setting, place)
     return 0
+
+
+def _label(row: Row, draft: GgufDraft) -> str:
+    """The quant in words; of a file taken as it is the one it is in."""
+    from ..memory import estimate as memory
+
+    label = row.estimate.variant.label
+    return f"{memory.own_label(draft)}, as it is" if label == memory.COPY else label
 
 
 def _usual(rows: list[Row]) -> Row:
     """The row techniques are shown on when several were asked for: the usual quant, else the first."""
     return next((row for row in rows if row.estimate.variant.label == _USUAL), rows[0])
-
-
-def _place(wanted: str | None) -> Place:
-    """A size, one or several devices by name, or this machine."""
-    from ..memory import devices
-
-    if wanted is not None:
-        try:
-            nbytes = size_argument(wanted)
-            return Place(nbytes, f"{output.size(nbytes, binary=True)} as asked")
-        except argparse.ArgumentTypeError:
-            pass
-    found = tuple(devices.find(name.strip()) for name in (wanted or "this").split(","))
-    nbytes = sum(devices.usable_nbytes(device) for device in found)
-    names = " + ".join(device.name for device in found)
-    return Place(nbytes, f"{output.size(nbytes, binary=True)} usable of {names}", found)
 
 
 def _draft(source: Source) -> GgufDraft | None:
@@ -184,64 +180,24 @@ def _draft(source: Source) -> GgufDraft | None:
         return None
 
 
-def trained_context(draft: GgufDraft) -> int:
-    """Tokens the model was trained for, as its header says."""
-    architecture = draft.metadata["general.architecture"].data
-    value = draft.metadata.get(f"{architecture}.context_length")
-    return int(value.data) if value is not None and isinstance(value.data, int) else _CONTEXT
-
-
-def _setting(args: argparse.Namespace, trained: int) -> Setting:
-    from ..errors import Unsupported, nearest_hint
-    from ..memory.setting import KV_TYPES, runtime
-
-    kind = args.kv_type.lower() if args.kv_type else None
-    if kind is not None and kind not in KV_TYPES:
-        raise Unsupported(f"unknown type of the KV cache '{args.kv_type}'", nearest_hint(kind, KV_TYPES))
-    chosen = runtime(args.runtime)
-    if chosen.remark:
-        output.note(f"note: {chosen.remark}")
-    return chosen.with_context(
-        trained if args.context == "max" else args.context,
-        batch=args.batch,
-        ubatch=args.ubatch,
-        parallel=args.parallel,
-        kv_k=kind,
-        kv_v=kind,
-        flash_attention=False if args.no_flash_attention else None,
-        mmap=False if args.no_mmap else None,
-    )
-
-
-def _labels(args: argparse.Namespace, draft: GgufDraft) -> list[str]:
-    """The quants to compare: those named, the one in MODEL, the file as it is when it is quantized, else all widths."""
-    from .. import model
-    from ..memory.table import LABELS
-    from ..quants import QUANTS, quant
-
-    named = args.quants or [name for name in [model.parse(args.model).quant] if name]
-    if any(tensor.type.quantized for tensor in draft.tensors):
-        return [quant(name).name for name in dict.fromkeys(args.quants)] or ["COPY"]
-    if named:
-        return list(dict.fromkeys(quant(name).name for name in named))
-    own = draft.own_type.name
-    return [own if label == "BF16" and own in QUANTS and own != "F32" else label for label in LABELS]
-
-
-def _with_companions(args: argparse.Namespace, row: Row, place: Place) -> Row:
-    """The row with a projector and a draft model beside it, where they were named."""
+def _with_companions(args: argparse.Namespace, rows: list[Row], setting: Setting, place: Place) -> list[Row]:
+    """The rows with a projector and a draft model beside them, where they were named."""
     from dataclasses import replace
 
     from ..memory import companions
 
     for path, role in ((args.projector, companions.PROJECTOR), (args.draft, companions.DRAFT)):
-        if path is not None and row.estimate.error is None:
-            estimate, remarks = companions.add_model(row.estimate, path, role)
-            for remark in remarks:
-                output.note(f"note: {remark}")
-            fits = estimate.needed_nbytes <= place.nbytes
-            row = replace(row, estimate=estimate, longest=None, fits=fits)
-    return row
+        if path is None:
+            continue
+        added = companions.companion(path, role, setting)
+        for remark in added.remarks:
+            output.note(f"note: {remark}")
+        both = [replace(row.estimate, parts=(*row.estimate.parts, *added.parts)) for row in rows]
+        rows = [
+            replace(row, estimate=each, longest=None, fits=each.needed_nbytes <= place.nbytes)
+            for row, each in zip(rows, both, strict=True)
+        ]
+    return rows
 
 
 # ── other questions ──
@@ -250,27 +206,20 @@ def _with_companions(args: argparse.Namespace, row: Row, place: Place) -> Row:
 def _techniques(args: argparse.Namespace, draft: GgufDraft, row: Row, setting: Setting, place: Place) -> object:
     from ..memory import techniques
 
-    found = techniques.techniques(draft, row.estimate.variant, setting, gpus=_gpus(place))
+    found = techniques.techniques(draft, row.estimate.variant, setting, gpus=place.gpus)
     if not args.json:
-        memory_views.techniques(found, row, args.model)
+        memory_views.techniques(found, row, _label(row, draft), args.model)
     return found
-
-
-def _gpus(place: Place) -> list[tuple[str, int]]:
-    from ..memory import devices
-
-    return [(each.name, devices.usable_nbytes(each)) for each in place.devices if each.processor == "gpu"]
 
 
 def _split(args: argparse.Namespace, draft: GgufDraft, row: Row, place: Place) -> object:
     from ..errors import LlmkitError
     from ..memory import split
 
-    gpus = _gpus(place)
-    if not gpus:
-        raise LlmkitError(
-            "--gpu-layers: there is no GPU here", "Name one: --fit 'RTX 4090', or two: --fit 'A100,A100'."
-        )
+    gpus = place.gpus
+    if not gpus and args.gpu_layers != 0:
+        hint = "Name one: --fit 'RTX 4090', or two: --fit 'A100,A100'."
+        raise LlmkitError("--gpu-layers: there is no GPU here", hint)
     metal = any(device.kind == "apple" for device in place.devices)
     count = None if args.gpu_layers == "auto" else args.gpu_layers
     found = split.split(
@@ -282,7 +231,7 @@ def _split(args: argparse.Namespace, draft: GgufDraft, row: Row, place: Place) -
         context_nbytes=(0, 0) if metal else split.CUDA_CONTEXT,
     )
     if not args.json:
-        memory_views.split(found, row)
+        memory_views.split(found, _label(row, draft))
     return found
 
 
@@ -298,10 +247,11 @@ def _verify(args: argparse.Namespace, source: Source, setting: Setting) -> int:
     with tempfile.TemporaryDirectory(prefix="llmkit-") as folder:
         path = source.path
         if path.is_dir():
-            if len(args.quants) != 1:
+            names = memory_arguments.names(args.quants)
+            if len(names) != 1:
                 raise LlmkitError("--verify of a checkpoint needs one QUANT to make and load", "For example Q4_K_M.")
-            output.note(f"Quantizing to {args.quants[0]} in a temporary folder …")
-            path = models.made_in(path, args.quants[0], Path(folder))
+            output.note(f"Quantizing to {names[0]} in a temporary folder …")
+            path = models.made_in(path, names[0], Path(folder))
         found = reality.verify(path, setting)
     if args.json:
         output.emit_json(
@@ -315,6 +265,9 @@ def _verify(args: argparse.Namespace, source: Source, setting: Setting) -> int:
 def _mlx(args: argparse.Namespace, draft: GgufDraft, trained: int, place: Place) -> int:
     from ..memory import mlx_estimate
 
+    memory_arguments.only_for_the_engine(args, "MLX")
+    if not any(device.kind == "apple" for device in place.devices):
+        output.note("note: how much macOS lets a model have depends on the Mac: name one, --fit 'M2 Max 64GB'")
     context = trained if args.context == "max" else args.context
     found = mlx_estimate.rows(draft, context)
     if args.json:
@@ -326,39 +279,42 @@ def _mlx(args: argparse.Namespace, draft: GgufDraft, trained: int, place: Place)
 
 def _closed(args: argparse.Namespace, source: Source, place: Place) -> int:
     """Tier B from config.json alone."""
-    from .. import checkpoint
+    from .. import checkpoint, model
     from ..memory import fallback, table
-
-    config = checkpoint.read_json(source.path / "config.json")
-    setting = _setting(args, _trained_of_config(config))
-    labels = args.quants or list(table.LABELS)
-    rows = table.without_engine(fallback.of_config(config, labels, setting), place.nbytes)
-    return _show_rows(args, rows, setting, place)
-
-
-def _trained_of_config(config: dict[str, object]) -> int:
     from ..memory.closed_form import shape
 
-    return shape.of_config(config).context_trained or _CONTEXT
+    memory_arguments.only_for_the_engine(args, "a model known by its config.json alone")
+    found = shape.of_config(checkpoint.read_json(source.path / "config.json"))
+    setting = memory_arguments.setting(args, found.context_trained or USUAL_CONTEXT)
+    labels = memory_arguments.names(args.quants or [model.parse(args.model).quant]) or list(table.LABELS)
+    rows = table.without_engine(fallback.of_shape(found, labels, setting), place.nbytes)
+    if args.json:
+        fetched = source.shadow.fetched_nbytes if source.shadow else 0
+        output.emit_json(_facts(args, setting, place, rows) | {"fetched_nbytes": fetched})
+    elif len(rows) == 1:
+        memory_views.parts(rows[0], rows[0].estimate.variant.label, place.name, on_gpu=bool(place.gpus))
+    else:
+        memory_views.table(rows, setting, on_gpu=bool(place.gpus))
+    return 0
 
 
 def _rough(args: argparse.Namespace, place: Place) -> int:
     """Tier C from a count."""
     from ..memory import closed_form, fallback, table
 
-    count = closed_form.parse_count(args.model)
-    setting = _setting(args, _CONTEXT)
-    rows = table.without_engine(fallback.of_count(count, setting), place.nbytes)
-    return _show_rows(args, rows, setting, place)
-
-
-def _show_rows(args: argparse.Namespace, rows: list[Row], setting: Setting, place: Place) -> int:
+    memory_arguments.only_for_the_engine(args, "a mere count")
+    if args.context != USUAL_CONTEXT:
+        output.note(
+            f"note: a mere count says nothing of contexts: the known bounds are those of {USUAL_CONTEXT:,} tokens"
+        )
+        args.context = USUAL_CONTEXT
+    setting = memory_arguments.setting(args, USUAL_CONTEXT)
+    rules = fallback.rules(closed_form.parse_count(args.model), memory_arguments.names(args.quants))
     if args.json:
-        output.emit_json(_facts(args, setting, place, rows))
-    elif len(rows) == 1:
-        memory_views.parts(rows[0], place.words)
+        rows = table.without_engine(fallback.of_rules(rules, setting), place.nbytes)
+        output.emit_json(_facts(args, setting, place, rows) | {"rules": rules})
     else:
-        memory_views.table(None, rows, setting)
+        memory_views.rough(rules, place.nbytes, place.words)
     return 0
 
 
@@ -368,31 +324,36 @@ def _show_rows(args: argparse.Namespace, rows: list[Row], setting: Setting, plac
 def _close(args: argparse.Namespace, draft: GgufDraft, rows: list[Row], setting: Setting, place: Place) -> None:
     """The best that fits, why, which knobs would help, and the next command."""
     from ..memory import knobs, table
+    from ..memory.estimate import COPY
 
     chosen = table.best(rows)
     asked = chosen or rows[-1]
-    if args.fit and asked.estimate.error is None:
+    if args.fit and not asked.estimate.why_not_asked:
         found = knobs.of(draft, asked.estimate.variant, setting)[:4]
         if found:
-            output.note(f"What would help most ({asked.estimate.variant.label}):")
+            output.note(f"What would help most ({_label(asked, draft)}):")
         for knob in found:
             output.note(f"  {output.size(knob.saved, binary=True):>10}  {knob.name} ({knob.option}); costs {knob.cost}")
     if chosen is None:
         output.note(f"{'It does not fit' if len(rows) == 1 else 'None of them fits'}: {place.words}.")
         return
-    label = chosen.estimate.variant.label
+    label = _label(chosen, draft)
     longest = f", up to {chosen.longest:,} tokens" if chosen.longest else ""
     why = "" if len(rows) == 1 else " the least published loss of those that fit;"
     output.note(
         f"{label}:{why} {place.words}, {output.size(chosen.estimate.needed_nbytes, binary=True)} needed{longest}."
     )
-    word = output.shell_word(args.model)
-    output.next_command(f"llmkit chat {word}" if label == "COPY" else f"llmkit quantize {word} {label}")
+    if chosen.estimate.why_not_asked:  # what the engine cannot lay out it cannot run
+        return
+    word, made = output.shell_word(args.model), chosen.estimate.variant.label
+    context = "" if setting.context == USUAL_CONTEXT else f" --context {setting.context}"
+    output.next_command(f"llmkit chat {word}{context}" if made == COPY else f"llmkit quantize {word} {made}")
 
 
 def _facts(args: argparse.Namespace, setting: Setting, place: Place, rows: list[Row]) -> dict[str, object]:
     return {
         "model": args.model,
+        "runtime": args.runtime.lower(),
         "setting": setting,
         "budget_nbytes": place.nbytes,
         "devices": [device.name for device in place.devices],

@@ -36,8 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Read the header and show it."""
     from .. import gguf
+    from ..errors import Unsupported
 
     with models.outline(args.model) as source:
+        if source.path.is_dir():
+            shown = f"llmkit quantize {output.shell_word(args.model)} Q4_K_M --dry-run"
+            raise Unsupported(
+                f"{args.model}: is a folder or a checkpoint, expected a GGUF file", f"Its tensors: {shown}"
+            )
         show(gguf.read(source.path), args, where=source.name)
     return 0
 

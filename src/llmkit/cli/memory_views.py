@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,8 +10,9 @@ from . import output
 
 if TYPE_CHECKING:
     from ..convert import GgufDraft
+    from ..memory.closed_form import Rough
     from ..memory.mlx_estimate import MlxEstimate
-    from ..memory.parts import Part
+    from ..memory.parts import MemoryEstimate, Part
     from ..memory.reality import Difference
     from ..memory.setting import Setting
     from ..memory.split import Place, Split
@@ -26,60 +27,78 @@ def _gib(nbytes: int) -> str:
 # ── bit widths ──
 
 
-def table(draft: GgufDraft | None, rows: Sequence[Row], setting: Setting) -> None:
-    """One line a quant, and how the figures were got."""
-    timed = any(row.speed for row in rows)
-    own = draft.own_type.name if draft else ""
+def table(rows: Sequence[Row], setting: Setting, *, on_gpu: bool) -> None:
+    """One line a quant, and how the figures were got; `on_gpu`: a GPU is to take part."""
+    told, timed = any(row.token for row in rows), any(row.speed for row in rows)
     headers = ["quant", "file", "bits/weight", f"RAM at {setting.context:,}", "longest context", "fits"]
-    headers += [*(["tokens/s"] if timed else []), "published loss"]
-    output.table(headers, [_cells(row, own, timed) for row in rows], "lrrrrl" + "r" * timed + "l")
+    headers += [*(["token reads"] if told else []), *(["tokens/s"] if timed else []), "published loss"]
+    output.table(headers, [_cells(row, told, timed) for row in rows], "lrrrrl" + "r" * (told + timed) + "l")
     output.emit()
-    for line in _legend(rows):
+    for line in _legend(rows, on_gpu):
         output.emit(line)
 
 
-def _cells(row: Row, own: str, timed: bool) -> list[str]:
+def _cells(row: Row, told: bool, timed: bool) -> list[str]:
     each, variant = row.estimate, row.estimate.variant
     cells = [
-        own if variant.label == "COPY" else variant.label,
+        variant.label,
         output.size(variant.file_nbytes),
         f"{float(variant.bits_per_weight):.2f}",
         "refused" if each.error else _gib(each.needed_nbytes),
         "-" if row.longest is None else f"{row.longest:,}",
         {True: "yes", False: "no", None: "-"}[row.fits],
     ]
+    if told:
+        cells.append(output.size(row.token.read_nbytes) if row.token else "-")
     if timed:
-        cells.append(f"{row.speed.low:.3g}–{row.speed.high:.3g}" if row.speed and row.fits else "-")
+        cells.append(f"{speed(row.speed.low)}–{speed(row.speed.high)}" if row.speed and row.fits else "-")
     imatrix = " (imatrix)" if row.hint and row.hint.imatrix else ""
     return [*cells, f"{row.hint.word}, {row.hint.divergence:.3f}{imatrix}" if row.hint else "-"]
 
 
+def speed(tokens: float) -> str:
+    """Tokens per second: no more digits than a range deserves."""
+    return f"{tokens:,.0f}" if tokens >= 10 else f"{tokens:.2g}"
+
+
 _TIERS = {
-    "exact": "laid out by the engine itself, to the byte; name one quant to see its parts",
-    "closed form": "derived from the shape, usually within 2 %, without the engine, which does not know this model",
-    "rough": "the rule of thumb, parameters × bits / 8, and what it is known to leave out; the file column is the rule"
-    " alone. Real names round, quants keep scales, and cache and buffers come on top: name a model for exact figures",
+    "exact": "weights, caches and compute buffer as the engine itself lays them out, to the byte; vocabulary, runtime"
+    " and small buffers derived: together within 3 % of what a process shows",
+    "closed form": "derived from the shape, without the engine: usually within 2 %",
+    "rough": "the rule of thumb, parameters × bits / 8, and what it is known to leave out",
 }
+_GPU = (
+    "Laid out as for a CPU, and compared with the GPU's memory: its buffers differ somewhat; --gpu-layers auto tells"
+    " what lies where (derived)."
+)
 
 
-def _legend(rows: Sequence[Row]) -> Iterator[str]:
+def _told(tier: str, on_gpu: bool) -> Iterator[str]:
+    yield f"RAM: {tier}: {_TIERS[tier]}."
+    if on_gpu:
+        yield _GPU
+
+
+def _legend(rows: Sequence[Row], on_gpu: bool) -> Iterator[str]:
     """How the figures were got."""
     from ..memory.published import SOURCE
 
     refused = next((row.estimate.error for row in rows if row.estimate.error), None)
     if refused:
         yield f"Refused: {refused}"
-    tier = rows[0].estimate.tier
-    yield f"RAM: {tier}: {_TIERS[tier]}."
+    yield from _told(rows[0].estimate.tier, on_gpu)
     if any(row.longest for row in rows):
-        yield "Longest context: derived from that, up to what the model was trained for."
+        yield "Longest context: derived from that, up to what the model was trained for, or what was asked for."
     yield f"Published loss: looked up, mean KL divergence in nats ({SOURCE}); not measured on this model."
     timed = next((row.speed for row in rows if row.speed and row.fits), None)
     if timed:
         yield "tokens/s: derived, with the context full. " + "; ".join(timed.reasons) + "."
     token = next((row.token for row in rows if row.token), None)
     if token:
-        yield f"A token takes {token.operations / 1e9:.1f} billion operations, whatever the quant; bytes read decide."
+        yield (
+            f"A token takes {token.operations / 1e9:.1f} billion operations, whatever the quant, and reads its share of"
+            " the weights and the full cache: bytes decide (derived)."
+        )
 
 
 def row_facts(row: Row) -> dict[str, object]:
@@ -100,18 +119,18 @@ def row_facts(row: Row) -> dict[str, object]:
         "token": row.token,
         "speed": row.speed,
         "error": each.error,
+        "why_not_asked": each.why_not_asked or None,
     }
 
 
 # ── one quant ──
 
 
-def parts(row: Row, where: str) -> None:
-    """The tree of parts with their sums, what a token costs, and how fast that may be."""
+def parts(row: Row, label: str, where: str, *, on_gpu: bool) -> None:
+    """The tree of parts with their sums, what a token costs, and how fast that may be on the device `where`."""
     each = row.estimate
-    if each.error:
-        output.emit(f"The engine refuses this setting: {each.error}")
-        return
+    output.emit(_title(label, each))
+    output.emit()
     lines: list[tuple[str, str, str, str]] = []
     for part in each.parts:
         _lines(part, 0, lines)
@@ -119,16 +138,26 @@ def parts(row: Row, where: str) -> None:
     if each.resident_nbytes != each.needed_nbytes:
         lines.append(("shown as taken", f"{each.resident_nbytes:,}", _gib(each.resident_nbytes), each.tier))
     output.table(("part", "bytes", "", "how"), lines, "lrrl")
+    output.emit()
+    for line in _told(each.tier, on_gpu):
+        output.emit(line)
     if not row.token:
         return
-    output.emit()
     read, operations = output.size(row.token.read_nbytes), row.token.operations / 1e9
     output.emit(f"A token with the context full reads {read} and takes {operations:.1f} billion operations (derived).")
     if row.speed and row.fits:
         low, high, ceiling = row.speed.low, row.speed.high, row.speed.ceiling
-        device = where.partition(" of ")[2]
-        output.emit(f"On {device}: {low:.3g} to {high:.3g} tokens/s, ceiling {ceiling:.3g} (derived).")
+        output.emit(f"On {where}: {speed(low)} to {speed(high)} tokens/s, ceiling {speed(ceiling)} (derived).")
         output.emit("; ".join(row.speed.reasons) + ".")
+
+
+def _title(label: str, each: MemoryEstimate) -> str:
+    """The quant, its file, the context; what the engine makes of it where that is more."""
+    asked = each.setting.context
+    rounded = f" (rounded up from {asked:,})" if each.context != asked else ""
+    bits = float(each.variant.bits_per_weight)
+    size = output.size(each.variant.file_nbytes)
+    return f"{label}: a file of {size}, {bits:.2f} bits a weight; {each.context:,} tokens of context{rounded}"
 
 
 def _lines(part: Part, depth: int, lines: list[tuple[str, str, str, str]]) -> None:
@@ -141,9 +170,31 @@ def _lines(part: Part, depth: int, lines: list[tuple[str, str, str, str]]) -> No
 # ── other questions ──
 
 
-def techniques(found: Sequence[Technique], row: Row, model: str) -> None:
+def rough(rules: Mapping[str, Rough], budget: int, where: str) -> None:
+    """The rule of thumb beside the truth about models of such a size. Derived, and looked up."""
+    rows = [
+        (
+            label,
+            output.size(rule.nbytes),
+            output.size(rule.with_overhead),
+            f"{output.size(rule.least)} to {output.size(rule.most)}",
+            f"{rule.least / rule.nbytes - 1:+.0%} to {rule.most / rule.nbytes - 1:+.0%}",
+            "yes" if rule.most <= budget else "no" if rule.least > budget else "perhaps",
+        )
+        for label, rule in rules.items()
+    ]
+    output.table(("quant", "rule", "rule × 1.2", "truth", "off by", "fits"), rows, "lrrrrl")
+    output.emit()
+    output.emit(f"Rule: rough: parameters × bits / 8 (derived). Fits: the truth, in {where}.")
+    output.emit(
+        "Truth: looked up: what known models of such a size take with 4,096 tokens of context. It differs because names"
+        " round (7B is 6.74 billion), quants keep scales and some tensors in more bits, and the cache and buffers come"
+        " on top. Name a model for exact figures."
+    )
+
+
+def techniques(found: Sequence[Technique], row: Row, label: str, model: str) -> None:
     """What each way of saving memory saves on this model, what it costs, and the command."""
-    label = row.estimate.variant.label
     output.emit(
         f"{label}, {row.estimate.context:,} tokens: {_gib(row.estimate.needed_nbytes)} needed ({row.estimate.tier})"
     )
@@ -159,12 +210,10 @@ def techniques(found: Sequence[Technique], row: Row, model: str) -> None:
             output.emit(f"    {each.command.replace('MODEL', output.shell_word(model))}")
 
 
-def split(found: Split, row: Row) -> None:
+def split(found: Split, label: str) -> None:
     """What lies on each device. Derived: nothing of it was measured on a GPU."""
     total = found.n_layer + 1
-    output.emit(
-        f"{row.estimate.variant.label}: {found.gpu_layers} of {total} layers on GPUs (derived by llama.cpp's rules)"
-    )
+    output.emit(f"{label}: {found.gpu_layers} of {total} layers on GPUs (derived by llama.cpp's rules)")
     output.emit()
     names = list(dict.fromkeys(part.name for place in _places(found) for part in place.parts))
     lines = [
@@ -207,20 +256,22 @@ def differences(found: Sequence[Difference]) -> None:
 
 def mlx(found: Sequence[MlxEstimate], budget: int, where: str) -> None:
     """The model in MLX's formats. Derived."""
+    from ..memory.mlx_estimate import WARNS_ABOVE
+
     rows = [
         (
             f"{each.bits} bits, groups of {each.group}" if each.bits else "16 bits",
             f"{each.bits_per_weight:.2f}",
             *(_gib(each.part(name)) if each.part(name) else "-" for name in ("weights", "KV cache", "recurrent state")),
             _gib(each.nbytes),
-            "yes" if each.nbytes <= budget else "no",
+            "no" if each.nbytes > budget else "tight" if each.share(budget) > WARNS_ABOVE else "yes",
         )
         for each in found
     ]
     headers = ("MLX format", "bits/weight", "weights", "KV cache", "state", "together", "fits")
     output.table(headers, rows, "lrrrrrl")
     output.emit()
-    output.emit(f"Derived from MLX's formats, nothing measured. {where}.")
+    output.emit(f"Derived from MLX's formats, nothing measured. {where}; tight: mlx-lm warns above {WARNS_ABOVE:.0%}.")
     for remark in dict.fromkeys(remark for each in found for remark in each.remarks):
         output.emit(remark)
 
@@ -229,19 +280,20 @@ def plot(
     path: Path, draft: GgufDraft, rows: Sequence[Row], setting: Setting, trained: int, budget: int, where: str
 ) -> None:
     """Draw memory against context for every quant that was estimated, and the line of what there is."""
+    from ..memory import estimate as memory
     from ..memory import fit
     from ..memory import plot as picture
 
-    first = rows[0].estimate.variant
-    grown = fit.growth(draft, first, setting, fit.context_points(trained, setting.context))
+    estimates = [row.estimate for row in rows]
+    grown = fit.growth(draft, estimates[0].variant, setting, fit.context_points(trained, setting.context))
     lines = [
         picture.Line(
-            draft.own_type.name if row.estimate.variant.label == "COPY" else row.estimate.variant.label,
+            memory.own_label(draft) if each.variant.label == memory.COPY else each.variant.label,
             grown.contexts,
-            tuple(row.estimate.part("weights") + nbytes for nbytes in grown.nbytes),
+            tuple(round(each.needed_nbytes - grown.at(each.context) + nbytes) for nbytes in grown.nbytes),
         )
-        for row in rows
+        for each in estimates
     ]
-    limit = picture.Limit(where.partition(" of ")[2] or "as asked", budget)
+    limit = picture.Limit(where, budget)
     picture.draw(path, f"{draft.name}: memory against context", lines, limit=limit)
     output.note(f"{path}: drawn")

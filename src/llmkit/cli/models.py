@@ -71,13 +71,15 @@ def _cast(planned: DownloadPlan, low_disk: bool = False) -> Iterator[Source]:
 def outline(text: str) -> Iterator[Source]:
     """As `source`, but of a model that is not here the headers and config.json alone: enough to measure it."""
     from .. import hub, model
+    from ..hub.choice import INDEX
 
     ref = model.parse(text)
     if found := hub.find(ref):
         yield Source(found)
         return
     planned = hub.plan(ref, on_wait=output.note)
-    with hub.outline(planned, ("config.json", "model.safetensors.index.json")) as shadow:
+    names = ("config.json", INDEX)
+    with hub.outline(planned, names, on_remark=output.note) as shadow:
         output.note(f"{ref}: headers read, {output.size(shadow.fetched_nbytes)} came over the network")
         with _as_named(shadow):
             yield Source(shadow.path, planned, shadow)
@@ -165,7 +167,8 @@ def runnable(text: str) -> Path:
 
     Raises LlmkitError when only a checkpoint was named: which quant is for the user to say.
     """
-    from .. import hub, model, settings
+    from .. import hub, model
+    from ..hub import inventory
 
     ref = model.parse(text)
     if ref.path is not None:
@@ -175,9 +178,7 @@ def runnable(text: str) -> Path:
         word = output.shell_word
         what = f"Give a file: {files[0]}" if files else f"Make one first: llmkit quantize {word(ref.path)} Q4_K_M"
         raise ModelNotFound(f"{ref.path}: is a folder, a GGUF file is needed", what)
-    folder = settings.home() / "models" / str(ref.repo).replace("/", "--")
-    if ref.revision:
-        folder = folder / ref.revision.replace("/", "--")
+    folder = inventory.made_folder(ref)
     made = folder / f"{ref.name}-{ref.quant}.gguf"
     if ref.quant and made.is_file():
         return made
@@ -196,9 +197,11 @@ def runnable(text: str) -> Path:
 
 def _make_once(label: str, path: Path, opened: AbstractContextManager[Source]) -> None:
     """Make the GGUF `path` of a checkpoint, which is fetched when its headers have shown that this can be done."""
-    from .. import convert, quantize
+    from .. import convert, quantize, store
+    from ..hub import inventory
     from ..quants import quant
 
+    store.make_folder(path.parent, inventory.ANOTHER_HOME)
     recipe = quantize.Recipe(quant(label))
 
     def plan(checkpoint: Path) -> Plan:
@@ -209,8 +212,15 @@ def _make_once(label: str, path: Path, opened: AbstractContextManager[Source]) -
         if source.download:
             tell_plan(source.download)
             output.note(f"make   {output.size(planned.nbytes)}, once: {path}")
+            store.require_rooms(rooms(planned, source.download), "Free some room: `llmkit list`, `llmkit rm`.")
             planned = plan(fetch(source.download))
     make(planned, force=True)
+
+
+def rooms(planned: Plan, download: DownloadPlan) -> list[tuple[Path, int]]:
+    """(folder, bytes) of what comes and of what is written."""
+    written = [(file.path.parent, file.nbytes) for each in planned.outputs for file in each.files]
+    return [(download.cache.root, download.fetch_nbytes), *written]
 
 
 def made_in(checkpoint: Path, label: str, folder: Path) -> Path:

@@ -8,6 +8,7 @@ first; with --low-disk its shards are fetched, converted and released one after 
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +26,7 @@ EXAMPLES = (
     "llmkit quantize ./model IQ4_XS --imatrix imatrix.gguf --tensor-type 'ffn_down=Q6_K'",
 )
 KEPT = "What is done is kept in the .partial files: run the same command again to go on."
-_UNITS = {"K": 10**3, "M": 10**6, "G": 10**9}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
 
 
 def count_argument(text: str, least: int = 1) -> int:
@@ -36,15 +37,12 @@ def count_argument(text: str, least: int = 1) -> int:
 
 
 def size_argument(text: str) -> int:
-    """'4G', '500MB' or plain bytes → bytes."""
-    word = text.upper().removesuffix("B")
-    factor = _UNITS.get(word[-1:], 1)
-    try:
-        nbytes = int(float(word.rstrip("KMG")) * factor)
-    except (ValueError, OverflowError):
-        nbytes = 0
-    if nbytes < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 4G or 500M")
+    """'4G', '500MB' (decimal), '8GiB' (binary) or plain bytes → bytes."""
+    match = _SIZE.fullmatch(text.strip())
+    base = 1024 if match and match[3] and match[2] else 1000
+    nbytes = int(float(match[1][:20]) * base ** " KMGT".index(match[2].upper() or " ")) if match else 0
+    if nbytes < 1 or (match and match[3] and not match[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 4G, 8GiB or 500M")
     return nbytes
 
 
@@ -153,8 +151,7 @@ def bring_and_make(
     _tell_way(planned, source, low_disk=args.low_disk)
     if args.low_disk:
         return models.make(planned, force=args.force, threads=args.threads, shadow=source.shadow)
-    places = [(file.path.parent, file.nbytes) for each in left.outputs for file in each.files]
-    store.require_rooms([(source.download.cache.root, source.download.fetch_nbytes), *places])
+    store.require_rooms(models.rooms(left, source.download))
     return models.make(again(models.fetch(source.download)), force=args.force, threads=args.threads)
 
 
@@ -214,8 +211,25 @@ def show_plan(planned: Plan, *, as_json: bool, source: Source | None = None, low
     _size_table(planned)
     if source:
         _tell_way(planned, source, low_disk=low_disk)
-    fits = "enough" if planned.nbytes <= free else "NOT enough"
+    fits = "enough" if _fits(planned, source, low_disk=low_disk) else "NOT enough"
     output.note(f"{output.size(planned.nbytes)} to write, {output.size(free)} free: {fits}. Nothing was written.")
+
+
+def _fits(planned: Plan, source: Source | None, *, low_disk: bool) -> bool:
+    """Whether there is room for what is written, and for what comes before it."""
+    from .. import quantize, settings, store
+    from ..errors import NotEnoughRoom
+
+    needs = [(file.path.parent, file.nbytes) for each in planned.outputs for file in each.files]
+    if source and source.download and source.shadow:
+        needs = models.rooms(planned, source.download)
+        if low_disk:
+            needs[0] = (settings.home(), quantize.low_disk_plan(planned).held_nbytes)
+    try:
+        store.require_rooms(needs)
+    except NotEnoughRoom:
+        return False
+    return True
 
 
 def _mix(mix: dict[str, int]) -> str:

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from ..hub import search
 
     words = " ".join(args.words)
-    found = search.search(words, limit=args.limit, sort=args.sort, only_gguf=args.gguf)
+    found = search.search(words, limit=args.limit, sort=args.sort, only_gguf=args.gguf, on_wait=output.note)
     if args.json:
         output.emit_json([{**output.plain(each), "converts": converts(each, CLASSES)} for each in found])
         return 0

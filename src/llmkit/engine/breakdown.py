@@ -160,7 +160,7 @@ def reality(
     """
     loaded = load()
     llama = loaded.llama
-    params = _with(llama.llama_model_default_params(), model_params)
+    params = _with(llama.llama_model_default_params(), {"n_gpu_layers": 0} | dict(model_params))
     made = _with(llama.llama_context_default_params(), context_params)
     made.n_threads = made.n_threads_batch = threads
     before = resident()

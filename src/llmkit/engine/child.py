@@ -76,6 +76,7 @@ def _rebuilt(error: dict[str, Any]) -> LlmkitError:
 def main() -> None:
     """The child's side: read the request from stdin, answer on the real stdout."""
     answer = os.dup(1)
+    os.putenv("GGML_NO_BACKTRACE", "1")  # after an abort: the assertion tells, a debugger's frames would bury it
     os.dup2(2, 1)  # from here on, what anybody prints is log
     request = json.loads(sys.stdin.buffer.read())
     module, _, name = request["function"].partition(":")

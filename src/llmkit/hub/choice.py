@@ -205,7 +205,10 @@ def _only(repository: Repository, models: dict[str, tuple[RemoteFile, ...]]) -> 
 
 def _sizes(models: dict[str, tuple[RemoteFile, ...]]) -> str:
     rows = sorted((sum(part.nbytes for part in parts), quant_label(path) or path) for path, parts in models.items())
-    return ", ".join(f"{label} ({nbytes / 1e9:.1f} GB)" for nbytes, label in rows)
+    return ", ".join(
+        f"{label} ({nbytes / 1e9:.1f} GB)" if nbytes >= 1e9 else f"{label} ({nbytes / 1e6:.0f} MB)"
+        for nbytes, label in rows
+    )
 
 
 def _no_weights(repository: Repository) -> LlmkitError:
@@ -226,7 +229,7 @@ def _reason(file: RemoteFile, taken: Choice, exclude: Sequence[str]) -> str:
     if _PICKLED.search(file.path):
         return "pickled weights (opening them can run code)"
     if taken.kind == "gguf" and file.path.lower().endswith(".gguf"):
-        return "other quants"
+        return "no models of their own" if _is_companion(file.name) else "other quants"
     if re.search(r"\.(safetensors|gguf|h5|msgpack|onnx|onnx_data|tflite|npz|mlmodel|xml)$", file.path):
         return "other formats of the weights"
     return "not needed to run the model"

@@ -6,12 +6,14 @@ Bytes of models do not come this way: see transfer.py.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import quote, urlsplit
+from urllib.parse import parse_qsl, quote, urlsplit
 
 from .. import settings
 from ..errors import AccessDenied, LlmkitError, MissingDependency, ModelNotFound, Unreachable
@@ -20,7 +22,8 @@ from .repository import RemoteFile, Repository, checked
 _TIMEOUT = 10.0  # seconds for an answer that is not a file
 _TRIES = 4
 FIRST_WAIT_SECONDS = 1.0  # then twice as long each time
-_LONGEST_WAIT = 60.0
+_LONGEST_WAIT = 300.0  # the Hub counts requests in windows of five minutes
+_RATE_LIMIT = re.compile(r";\s*r\s*=\s*0\s*;\s*t\s*=\s*(\d+)")  # none left, for so many seconds
 OFFLINE_HINT = "Check the network, or use what is here: `llmkit list`."
 T = TypeVar("T")
 
@@ -39,12 +42,12 @@ def library() -> Any:
 
 
 def api() -> Any:
-    """An HfApi for the Hub that HF_ENDPOINT names. Raises Unreachable when HF_HUB_OFFLINE forbids to ask."""
+    """An HfApi for the Hub that HF_ENDPOINT names. Raises Unreachable when the user wants to be offline."""
     return library().HfApi(endpoint=address(), library_name="llmkit")
 
 
 def address() -> str:
-    """The Hub's address without a slash at the end. Raises Unreachable when HF_HUB_OFFLINE is set."""
+    """The Hub's address without a slash at the end. Raises Unreachable when the user wants to be offline."""
     found = settings.hub_address()
     if found is None:
         raise Unreachable(
@@ -63,6 +66,12 @@ def token() -> str | None:
 def cache_folder() -> Path:
     """The Hugging Face cache (HF_HUB_CACHE, or below HF_HOME)."""
     return Path(importlib.import_module("huggingface_hub.constants").HF_HUB_CACHE)
+
+
+@functools.cache
+def ssl_context() -> Any:
+    """The certificates huggingface_hub trusts: what urllib finds by itself is nothing on some systems."""
+    return importlib.import_module("huggingface_hub.utils").httpx.create_ssl_context()
 
 
 def read_timeout() -> float:
@@ -100,6 +109,8 @@ def asking(what: str) -> Iterator[None]:
         raise Unreachable(f"{what}: the Hub at {address()} does not answer", OFFLINE_HINT) from error
     except (transport.HTTPError, transport.InvalidURL, ConnectionError) as error:
         raise Unreachable(f"{what}: the Hub at {address()} cannot be reached: {error}", OFFLINE_HINT) from error
+    except OSError as error:  # the library's own files: the token
+        raise LlmkitError(f"{what}: {error.filename}: cannot be read: {error.strerror}") from error
     except (KeyError, TypeError, ValueError) as error:  # an answer that is none
         raise LlmkitError(f"{what}: the Hub's answer makes no sense: {error}") from error
 
@@ -160,15 +171,21 @@ def patiently(call: Callable[[], T], on_wait: Callable[[str], None] = lambda _: 
             status = getattr(response, "status_code", 0)
             if attempt == _TRIES or not (status == 429 or status >= 500):
                 raise
-            seconds = wait_seconds(getattr(response, "headers", {}).get("Retry-After"), attempt)
+            seconds = wait_seconds(asked_wait(getattr(response, "headers", {})), attempt)
         on_wait(f"the Hub answered {status}: trying again in {seconds:.0f} s")
         time.sleep(seconds)
         attempt += 1
 
 
-def wait_seconds(retry_after: str | None, attempt: int) -> float:
-    """How long to wait before try `attempt` + 1: the seconds the server asks for, else 1, 2, 4 …; a minute at most."""
-    words = (retry_after or "").strip()
+def asked_wait(headers: Any) -> str | None:
+    """How long a server that refuses asks to wait, in its words: Retry-After, else RateLimit ('"api";r=0;t=55')."""
+    limit = _RATE_LIMIT.search(headers.get("RateLimit") or "")
+    return headers.get("Retry-After") or (str(limit[1]) if limit else None)
+
+
+def wait_seconds(asked_wait: str | None, attempt: int) -> float:
+    """Seconds to wait before try `attempt` + 1: as many as were asked for, else 1, 2, 4 …; five minutes at most."""
+    words = (asked_wait or "").strip()
     asked = float(words) if words.isascii() and words.isdigit() else FIRST_WAIT_SECONDS * 2 ** (attempt - 1)
     return min(asked, _LONGEST_WAIT)
 
@@ -194,7 +211,6 @@ def repository(name: str, revision: str | None = None, on_wait: Callable[[str], 
                 gated=bool(getattr(info, "gated", False)),
                 private=bool(getattr(info, "private", False)),
                 licence=_text(card.get("license")) if card else None,
-                n_weights=_total(getattr(info, "safetensors", None)) or _total(getattr(info, "gguf", None)),
             )
         )
 
@@ -205,24 +221,24 @@ def pages(
     """The rows of a listing, page by page (Link: rel="next").
 
     Asked here, since huggingface_hub's own paging waits for ever for a silent server and follows a link to any host
-    with the token. Call it within `asking`.
+    with the token: here only the link's query is taken. Call it within `asking`.
     """
     utils = library().utils
     headers = utils.build_hf_headers(library_name="llmkit")
-    url: str | None = f"{address()}/{route}"
-    wanted: Mapping[str, Any] | None = parameters
+    wanted: Any = parameters
 
     def page() -> Any:
-        answer = utils.get_session().get(url, params=wanted, headers=headers, timeout=_TIMEOUT)
+        answer = utils.get_session().get(f"{address()}/{route}", params=wanted, headers=headers, timeout=_TIMEOUT)
         utils.hf_raise_for_status(answer)
         return answer
 
-    while url is not None:
+    while wanted:
         answer = patiently(page, on_wait)
-        yield from answer.json()
-        url, wanted = answer.links.get("next", {}).get("url"), None
-        if url is not None and urlsplit(url)[:2] != urlsplit(address())[:2]:
-            raise LlmkitError(f"the Hub's listing goes on at another address: {url[:200]}", "Nothing was fetched.")
+        rows = answer.json()
+        if not isinstance(rows, list):
+            raise LlmkitError(f"the Hub at {address()} answered with no list: {route}")
+        yield from rows
+        wanted = parse_qsl(urlsplit(answer.links.get("next", {}).get("url", "")).query)
 
 
 def _file(row: dict[str, Any]) -> RemoteFile:
@@ -240,9 +256,3 @@ def _text(value: Any) -> str | None:
     if isinstance(value, list):
         value = ", ".join(map(str, value))
     return str(value) if value else None
-
-
-def _total(facts: Any) -> int | None:
-    """The parameter count in `safetensors` or `gguf` of an answer."""
-    total = facts.get("total") if isinstance(facts, dict) else getattr(facts, "total", None)
-    return total if isinstance(total, int) and total > 0 else None

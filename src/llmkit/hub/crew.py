@@ -1,4 +1,7 @@
-"""The crew that fetches a plan's files: a few threads, each with one file at a time; this thread counts and reports."""
+"""A crew of a few threads, each with one thing at a time: `fetch` brings a plan's files, `side_by_side` does any work.
+
+Threads are left to themselves when an error or Ctrl-C ends the work: one may wait for a silent server for a minute.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,11 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from .. import store
 from ..errors import OutputExists
@@ -21,6 +26,8 @@ from .wire import Stopped, Watch
 
 OnFile = Callable[[FileDone], None]
 OnRemark = Callable[[str], None]
+T = TypeVar("T")
+R = TypeVar("R")
 _JOIN_SECONDS = 0.5  # for all of them together
 
 
@@ -49,7 +56,10 @@ def fetch(
     require_room(plan)
     folder = plan.cache.folder(plan.repository.name)
     if plan.to or any(planned.state != "here" for planned in plan.files):  # else the cache may well be read-only
-        store.make_folder(plan.to or folder)
+        if plan.to:
+            store.make_folder(plan.to, "Choose another folder with --to.")
+        else:
+            store.make_folder(folder, "HF_HUB_CACHE names another folder for the cache; --to one beside it.")
         if plan.to is None:
             with transfer.writing(folder / "trees"):
                 plan.cache.keep_listing(plan.repository)
@@ -58,6 +68,47 @@ def fetch(
         with transfer.writing(folder / "refs"):
             plan.cache.set_commit(plan.repository.name, plan.repository.revision, plan.repository.commit)
     return plan.path
+
+
+def side_by_side(work: Callable[[T], R], items: Sequence[T], at_once: int, stopped: threading.Event) -> list[R]:
+    """`work` of every item, in order. The first error is raised; `stopped` is set at the end, for who still works."""
+    left, lock = iter(enumerate(items)), threading.Lock()
+    events: queue.SimpleQueue[tuple[int, R] | BaseException] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            while not stopped.is_set():
+                with lock:
+                    number, item = next(left, (None, None))
+                if number is None or item is None:
+                    return
+                events.put((number, work(item)))
+        except BaseException as error:  # handed to the thread that waits, which raises it
+            events.put(error)
+
+    done: dict[int, R] = {}
+    with _threads(run, min(at_once, len(items)), stopped):
+        while len(done) < len(items):
+            event = events.get()
+            if isinstance(event, BaseException):
+                raise event
+            done[event[0]] = event[1]
+    return [done[number] for number in range(len(items))]
+
+
+@contextmanager
+def _threads(run: Callable[[], None], count: int, stopped: threading.Event) -> Iterator[None]:
+    """Threads that run while the block does; at its end they are told to stop, and soon left to themselves."""
+    threads = [threading.Thread(target=run, daemon=True) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        end = time.monotonic() + _JOIN_SECONDS
+        for thread in threads:
+            thread.join(max(0.0, end - time.monotonic()))
 
 
 class _Crew:
@@ -74,18 +125,9 @@ class _Crew:
 
     def run(self, workers: int) -> None:
         """Work through the files; on any error or interrupt let all stop, and raise it."""
-        threads = [
-            threading.Thread(target=self._work, daemon=True) for _ in range(max(1, min(workers, len(self.plan.files))))
-        ]
-        for thread in threads:
-            thread.start()
-        try:
-            self._collect(len(threads))
-        finally:
-            self.stopped.set()
-            end = time.monotonic() + _JOIN_SECONDS
-            for thread in threads:  # one that waits for a silent server ends by itself; it harms nothing
-                thread.join(max(0.0, end - time.monotonic()))
+        count = max(1, min(workers, len(self.plan.files)))
+        with _threads(self._work, count, self.stopped):
+            self._collect(count)
 
     def _collect(self, alive: int) -> None:
         self.on_progress(Progress("fetch", self.done, self.total))

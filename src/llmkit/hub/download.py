@@ -17,7 +17,7 @@ from . import client, local_dir, transfer
 from .cache import Cache, size_of
 from .choice import Choice, choose
 from .repository import RemoteFile, Repository, checked
-from .wire import Remote, read_range
+from .wire import Remote, Watch, read_range
 
 _LARGEST_INDEX = 256_000_000
 
@@ -53,6 +53,7 @@ class DownloadPlan:
     cache: Cache
     to: Path | None = None
     remarks: tuple[str, ...] = field(default=())
+    read_nbytes: int = 0  # came over the wire for the plan itself: the index of the shards
 
     @property
     def nbytes(self) -> int:
@@ -124,16 +125,20 @@ def plan(
             raise
         repository = known
         remarks = (f"{error.message}; using the whole copy of commit {known.commit[:8]} that is here",)
-    choice = choose(repository, quant=ref.quant, include=include, exclude=exclude, read=_reader(repository, cache))
+    came: list[int] = []
+    read = _reader(repository, cache, on_wait, came.append)
+    choice = choose(repository, quant=ref.quant, include=include, exclude=exclude, read=read)
     folder = to or cache.snapshot(repository.name, repository.commit)
     files = tuple(_planned(repository, file, folder, cache, to) for file in choice.files)
     if remarks:  # what only people read may be missing, and cannot be fetched now
         files = tuple(planned for planned in files if planned.fetch_nbytes == 0 or planned.file in choice.needed)
-    return DownloadPlan(ref, repository, choice, files, folder, cache, to, remarks)
+    return DownloadPlan(ref, repository, choice, files, folder, cache, to, remarks, sum(came))
 
 
-def _reader(repository: Repository, cache: Cache) -> Callable[[RemoteFile], bytes]:
-    """Reads a small file of the repository: from the cache, else over the wire, verified."""
+def _reader(
+    repository: Repository, cache: Cache, on_wait: Callable[[str], None], on_bytes: Callable[[int], None]
+) -> Callable[[RemoteFile], bytes]:
+    """Reads a small file of the repository: from the cache, else over the wire, verified; `on_bytes` counts those."""
 
     def read(file: RemoteFile) -> bytes:
         blob = cache.blob(repository.name, file)
@@ -141,7 +146,8 @@ def _reader(repository: Repository, cache: Cache) -> Callable[[RemoteFile], byte
             return blob.read_bytes()
         if file.nbytes > _LARGEST_INDEX:
             raise InvalidModel(f"{repository.name}: {file.path} has {file.nbytes:,} bytes, too many for an index")
-        data = read_range(remote_file(repository, file), 0, file.nbytes)
+        data = read_range(remote_file(repository, file), 0, file.nbytes, Watch(on_remark=on_wait))
+        on_bytes(len(data))
         if transfer.hash_of(file, data) != file.hash:
             raise InvalidModel(f"{repository.name}: {file.path} is damaged on its way")
         return data

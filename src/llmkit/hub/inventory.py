@@ -16,13 +16,14 @@ from itertools import chain
 from pathlib import Path
 
 from .. import settings
-from ..model import quant_label
+from ..model import ModelRef, quant_label
 from . import client
 from .contents import describe, gguf_groups, some
 
 # unfinished files, their notes and locks: ours, then huggingface_hub's
 LEFTOVERS = (".partial", ".partial.json", ".partial.json.new", ".partial.lock", ".journal", ".incomplete")
 CACHE, OURS = "cache", "llmkit"
+ANOTHER_HOME = "LLMKIT_HOME names another folder for what llmkit keeps."
 
 _LARGEST_REF = 200
 _NO_HOLE = 1 << 20  # a file may take this much less than its size: file systems keep small ones elsewhere
@@ -85,8 +86,14 @@ class Tree:
 
 
 def models_folder() -> Path:
-    """Where the models llmkit makes on demand lie: <org>--<name>/<name>-<quant>.gguf."""
+    """Where the models llmkit makes on demand lie."""
     return settings.home() / "models"
+
+
+def made_folder(ref: ModelRef) -> Path:
+    """Where those of a repository lie: <org>--<name>/, and below it those of a revision that was named."""
+    folder = models_folder() / str(ref.repo).replace("/", "--")
+    return folder / ref.revision.replace("/", "--") if ref.revision else folder
 
 
 def streams_folder() -> Path:

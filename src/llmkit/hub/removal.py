@@ -15,6 +15,7 @@ from ..errors import AccessDenied, LlmkitError, ModelNotFound, nearest_hint
 from ..gguf import SPLIT_NAME
 from ..model import ModelRef, parse, quant_label
 from . import cache_removal, client, inventory
+from .cache import Cache
 from .cache_removal import Removal, delete, link, refuse_claimed
 from .contents import gguf_groups
 from .inventory import LEFTOVERS, File, file_at, total_nbytes, walk
@@ -114,7 +115,7 @@ def _root() -> Path:
 
 
 def _folder(name: str) -> Path:
-    return _root() / f"models--{name.replace('/', '--')}"
+    return Cache(_root()).folder(name)
 
 
 def _in_cache(ref: ModelRef) -> Iterator[Removal]:
@@ -154,10 +155,7 @@ def _commits(ref: ModelRef, folder: Path, snapshots: Iterable[str]) -> list[str]
 
 
 def _in_ours(ref: ModelRef) -> Iterator[Removal]:
-    word = str(ref.repo).replace("/", "--")
-    folder, stream = inventory.models_folder() / word, inventory.streams_folder() / f"models--{word}"
-    if ref.revision is not None:
-        folder = folder / ref.revision.replace("/", "--")
+    folder, stream = inventory.made_folder(ref), Cache(inventory.streams_folder()).folder(str(ref.repo))
     if ref.quant is None:
         places = (folder, stream) if ref.revision is None else (folder,)
         yield from (_plain(str(ref), [place]) for place in places if os.path.lexists(place))

@@ -44,7 +44,7 @@ class RemoteFile:
 class Repository:
     """A repository at `commit`, which `revision` named. `gated`: its terms must be accepted first.
 
-    `n_weights` is what the Hub read in the safetensors or GGUF headers, `licence` what the model card says.
+    `licence` is what the model card says.
     """
 
     name: str
@@ -54,12 +54,6 @@ class Repository:
     gated: bool = False
     private: bool = False
     licence: str | None = None
-    n_weights: int | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Size of all its files."""
-        return sum(file.nbytes for file in self.files)
 
 
 def checked(repository: Repository) -> Repository:

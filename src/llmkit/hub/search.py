@@ -7,18 +7,15 @@ marked as such, else unknown. The size at Q4_K_M is derived from them, see `q4_k
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
-from ..errors import LlmkitError
 from . import client
 
 SORTS = {"downloads": "downloads", "likes": "likes", "trending": "trendingScore", "updated": "lastModified"}
 ACCURACY = "±8 %, below 1.2 B ±20 %"
 
-_TIMEOUT = 10.0
 _PAGE = 100
 _EXPAND = (
     "safetensors", "gguf", "config", "siblings", "tags", "downloads", "likes", "gated", "lastModified", "library_name",
@@ -69,7 +66,14 @@ def q4_k_m_nbytes(n_weights: int) -> int:
     return round(n_weights * min(4.9 + 0.6e9 / n_weights, 6.2) / 8)
 
 
-def search(words: str, *, limit: int = 20, sort: str = "downloads", only_gguf: bool = False) -> tuple[Found, ...]:
+def search(
+    words: str,
+    *,
+    limit: int = 20,
+    sort: str = "downloads",
+    only_gguf: bool = False,
+    on_wait: Callable[[str], None] = lambda remark: None,
+) -> tuple[Found, ...]:
     """The first `limit` models whose names match `words`, the most of `sort` (a key of SORTS) first.
 
     Raises LlmkitError (offline, out of order, an answer that is none), AccessDenied.
@@ -79,46 +83,13 @@ def search(words: str, *, limit: int = 20, sort: str = "downloads", only_gguf: b
         query["filter"] = "gguf"
     found: dict[str, Found] = {}
     with client.asking(f"search '{words}'"):
-        for row in _rows(query):
+        # HfApi.list_models asks the same, but one odd row breaks its whole answer
+        for row in client.pages("api/models", query, on_wait):
             if isinstance(row, dict) and isinstance(row.get("id"), str):
                 found.setdefault(row["id"], _found(row))
             if len(found) >= limit:
                 break
     return tuple(found.values())
-
-
-def _rows(query: Mapping[str, Any]) -> Iterator[Any]:
-    """The Hub's answer row by row, page by page.
-
-    HfApi.list_models asks the same, but waits for ever for a silent Hub and half a minute for an absent one, and one
-    odd row breaks its whole answer.
-    """
-    utils = client.library().utils
-    headers = utils.build_hf_headers(token=client.token(), library_name="llmkit")
-    url: str | None = f"{client.address()}/api/models"
-    parameters: Mapping[str, Any] | None = query
-    while url:
-        page = client.patiently(lambda url=url, parameters=parameters: _page(utils, url, parameters, headers))  # type: ignore[misc]
-        rows = page.json()
-        if not isinstance(rows, list):
-            raise LlmkitError(f"the Hub at {client.address()} answered a search with no list of models")
-        yield from rows
-        url, parameters = _next(page), None
-
-
-def _page(utils: Any, url: str, parameters: Mapping[str, Any] | None, headers: Mapping[str, str]) -> Any:
-    answer = utils.get_session().get(url, params=parameters, headers=headers, timeout=_TIMEOUT)
-    utils.hf_raise_for_status(answer)
-    return answer
-
-
-def _next(page: Any) -> str | None:
-    """The next page's address, on the same host only: our token goes there too."""
-    url = page.links.get("next", {}).get("url")
-    if not isinstance(url, str):
-        return None
-    ours, other = urlsplit(client.address()), urlsplit(url)
-    return url if (ours.scheme, ours.netloc) == (other.scheme, other.netloc) else None
 
 
 # ── one row ──

@@ -10,17 +10,17 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from .. import settings, store
+from .. import store
 from ..errors import InvalidModel, LlmkitError, Unsupported
 from ..progress import OnProgress, Progress, ignore
-from . import crew, headers, transfer
+from . import crew, headers, inventory, transfer
 from .cache import Cache, place, size_of
 from .claim import claim
 from .crew import OnFile, OnRemark
@@ -110,18 +110,19 @@ def cast(
         fetched = sum(done.nbytes for done in came)
         for each in small:
             _link(plan, each, cache)
-        fetched += _headers(plan, weights, cache)
-        yield Shadow(plan, cache, cache.snapshot(name, plan.repository.commit), fetched)
+        fetched += _headers(plan, weights, cache, on_remark)
+        yield Shadow(plan, cache, cache.snapshot(name, plan.repository.commit), fetched + plan.read_nbytes)
 
 
 @contextmanager
-def outline(plan: DownloadPlan, names: Sequence[str]) -> Iterator[Shadow]:
+def outline(plan: DownloadPlan, names: Sequence[str], *, on_remark: OnRemark = lambda remark: None) -> Iterator[Shadow]:
     """A shadow of headers and of the small files called `names` alone, to be measured: it leaves nothing behind."""
     weights, small = _divided(plan)
     with _temporary() as cache:
-        fetched = sum(_copy(plan, each, cache) for each in small if each.file.path in names)
-        fetched += _headers(plan, weights, cache)
-        yield Shadow(plan, cache, cache.snapshot(plan.repository.name, plan.repository.commit), fetched)
+        fetched = sum(_copy(plan, each, cache, on_remark) for each in small if each.file.path in names)
+        fetched += _headers(plan, weights, cache, on_remark)
+        folder = cache.snapshot(plan.repository.name, plan.repository.commit)
+        yield Shadow(plan, cache, folder, fetched + plan.read_nbytes)
 
 
 def _divided(plan: DownloadPlan) -> tuple[tuple[PlannedFile, ...], tuple[PlannedFile, ...]]:
@@ -141,8 +142,8 @@ def _temporary() -> Iterator[Cache]:
 @contextmanager
 def _kept(plan: DownloadPlan, weights: Sequence[PlannedFile], on_remark: OnRemark) -> Iterator[Cache]:
     """The cache of streams, ours alone as far as this repository goes; tidied at the end."""
-    name, cache = plan.repository.name, Cache(settings.home() / "streams")
-    store.make_folder(cache.root)
+    name, cache = plan.repository.name, Cache(inventory.streams_folder())
+    store.make_folder(cache.root, inventory.ANOTHER_HOME)
 
     def tell(pid: int) -> None:
         on_remark(f"{name} is being worked on by process {pid or 'of another kind'}: waiting for it")
@@ -154,13 +155,14 @@ def _kept(plan: DownloadPlan, weights: Sequence[PlannedFile], on_remark: OnRemar
             _tidy(plan, weights, cache)
 
 
-def _copy(plan: DownloadPlan, planned: PlannedFile, cache: Cache) -> int:
+def _copy(plan: DownloadPlan, planned: PlannedFile, cache: Cache, on_remark: OnRemark) -> int:
     """A small file for the shadow alone; bytes that came."""
     if not planned.fetch_nbytes:
         _link(plan, planned, cache)
         return 0
     name, file = plan.repository.name, planned.file
-    came = transfer.fetch(remote_file(plan.repository, file), cache.blob(name, file)).nbytes
+    watch = Watch(on_remark=lambda remark: on_remark(f"{file.path}: {remark}"))
+    came = transfer.fetch(remote_file(plan.repository, file), cache.blob(name, file), watch).nbytes
     cache.link(name, plan.repository.commit, file)
     return came
 
@@ -194,14 +196,18 @@ def _link(plan: DownloadPlan, planned: PlannedFile, cache: Cache) -> None:
     cache.link(name, plan.repository.commit, planned.file)
 
 
-def _headers(plan: DownloadPlan, weights: Sequence[PlannedFile], cache: Cache) -> int:
+def _headers(plan: DownloadPlan, weights: Sequence[PlannedFile], cache: Cache, on_remark: OnRemark) -> int:
     """The headers of all weights, several at once; bytes that came for them."""
-    guess = max(_MOST_GUESS // len(weights), _LEAST_GUESS)
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        return sum(pool.map(lambda each: _header(plan, each, cache, guess), weights))
+    guess, stopped = max(_MOST_GUESS // len(weights), _LEAST_GUESS), threading.Event()
+
+    def header(planned: PlannedFile) -> int:
+        watch = Watch(on_remark=lambda remark: on_remark(f"{planned.file.path}: {remark}"), stopped=stopped)
+        return _header(plan, planned, cache, guess, watch)
+
+    return sum(crew.side_by_side(header, weights, _AT_ONCE, stopped))
 
 
-def _header(plan: DownloadPlan, planned: PlannedFile, cache: Cache, guess: int) -> int:
+def _header(plan: DownloadPlan, planned: PlannedFile, cache: Cache, guess: int, watch: Watch) -> int:
     """The header of weights, or the weights themselves where the user's cache has them; bytes that came for it."""
     name, file = plan.repository.name, planned.file
     blob = cache.blob(name, file)
@@ -216,7 +222,9 @@ def _header(plan: DownloadPlan, planned: PlannedFile, cache: Cache, guess: int) 
         _hole(blob).touch()
         remote = remote_file(plan.repository, file)
         try:
-            fetched = _writer(file, guess)(lambda start, stop: read_range(remote, start, stop), file.nbytes, blob)
+            fetched = _writer(file, guess)(
+                lambda start, stop: read_range(remote, start, stop, watch), file.nbytes, blob
+            )
         except InvalidModel as error:  # it names the blob
             message = error.message.replace(str(blob), f"{plan.repository.name}: {file.path}")
             raise InvalidModel(message, error.hint) from error

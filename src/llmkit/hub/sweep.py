@@ -15,13 +15,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import settings
-from . import claim, transfer
+from ..errors import AccessDenied
+from . import claim, inventory, transfer
 from .download import user_cache
 
 _OURS = re.compile(r"(?P<name>.+)\.partial$")
-_NOTES = (".partial.json", ".partial.lock", ".partial.json.new")
+_NOTES = (".partial.json", ".partial.json.new")
 _THEIRS = re.compile(r".+\.incomplete$")
+_THEIR_FOLDER = "/.cache/huggingface/download/"  # below one that was fetched into; other programs have such names too
 _FRESH_SECONDS = 60.0  # an orphan without a lock, written to this lately, may not be one
 
 
@@ -43,7 +44,7 @@ def find(folders: Iterable[Path] = ()) -> list[Leftover]:
     """Leftovers in the Hugging Face cache, in llmkit's own folder, and in `folders` that were fetched into (--to)."""
     roots = [user_cache().root, *folders]
     found = {each.path: each for root in roots for each in _under(root.resolve())}
-    found |= {each.path: each for each in _streams(settings.home() / "streams")}
+    found |= {each.path: each for each in _streams(inventory.streams_folder())}
     return [found[path] for path in sorted(found)]
 
 
@@ -56,7 +57,7 @@ def _under(root: Path) -> Iterator[Leftover]:
             # what has no note of a download is not one: `llmkit quantize` calls its unfinished files the same
             if match and transfer.note_path(final := path.with_name(match["name"])).is_file():
                 yield _leftover(path, [path], "llmkit (can be gone on with)", claim.owner(final) is not None)
-            elif _THEIRS.match(path.name):
+            elif _THEIRS.match(path.name) and (path.parent.name == "blobs" or _THEIR_FOLDER in path.as_posix()):
                 yield _leftover(path, [path], "huggingface_hub (orphan)", _is_written(path))
 
 
@@ -108,16 +109,26 @@ def _is_held(lock: Path) -> bool:
     return False
 
 
-def delete(leftovers: Sequence[Leftover]) -> None:
-    """Remove them with their notes; what has become busy meanwhile stays."""
+def delete(leftovers: Sequence[Leftover]) -> list[Leftover]:
+    """Remove them with their notes; what has become busy meanwhile stays. Returns what went. Raises AccessDenied."""
+    gone = []
     for each in leftovers:
         match = _OURS.match(each.path.name)
         final = each.path.with_name(match["name"]) if match else each.path
-        if claim.owner(final) is not None:
-            continue
-        if each.path.is_dir():
-            shutil.rmtree(each.path, ignore_errors=True)
-        else:
-            each.path.unlink(missing_ok=True)
-        for note in _NOTES:
-            final.with_name(final.name + note).unlink(missing_ok=True)
+        try:
+            with claim.claim(final, stopped=lambda: True) as ours:
+                if ours:
+                    _delete(each.path, final)
+                    gone.append(each)
+        except OSError as error:
+            raise AccessDenied(f"{each.path}: cannot be deleted: {error.strerror}", "Are you its owner?") from error
+    return gone
+
+
+def _delete(path: Path, final: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+    for note in _NOTES:
+        final.with_name(final.name + note).unlink(missing_ok=True)

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -39,7 +40,9 @@ from .wire import (
 )
 
 _PIECE = 1 << 18  # bytes taken from the connection at once: what a kill can lose is less
-_AHEAD = 8  # pieces that may wait to be hashed
+_BLOCK = 1 << 20  # bytes handed to the hashing thread at once: handing over costs about as much as hashing a piece
+_AHEAD = 4  # blocks that may wait there
+_TELL_SECONDS = 0.05
 _SYNC_NBYTES = 32 << 20
 
 
@@ -102,6 +105,9 @@ class _Partial:
         self.note = note_path(path)
         self.digest = _new_digest(remote.file)
         self.position = self.synced = self.fetched = self.resumed = 0
+        self._block: list[bytes] = []
+        self._block_start, self._tell_at = 0, 0.0
+        self._hashing: deque[Future[None]] = deque()
 
     def __enter__(self) -> _Partial:
         self.descriptor = os.open(self.partial, os.O_RDWR | os.O_CREAT, 0o644)
@@ -154,16 +160,14 @@ class _Partial:
 
     def receive(self) -> None:
         """Ask for what is missing and write it as it comes. Raises Again and Restart."""
-        hashing: deque[Future[None]] = deque()
         with connection():
             try:
                 with contextlib.closing(open_at(self.remote, self.position)) as response:
                     self._check(response)
-                    self._take(response, hashing)
+                    self._block_start = self.position
+                    self._take(response)
             finally:
-                for each in hashing:
-                    each.result()
-                self._end_sync()
+                self._settle()
 
     def _check(self, response: Any) -> None:
         check_answer(self.remote, response)
@@ -172,7 +176,7 @@ class _Partial:
         elif response.status == 206 and range_start(response) != self.position:
             raise Restart(f"the server sent another part than asked for at byte {self.position:,}")
 
-    def _take(self, response: Any, hashing: deque[Future[None]]) -> None:
+    def _take(self, response: Any) -> None:
         while not self.complete:
             if self.watch.stopped.is_set():
                 raise Stopped
@@ -180,10 +184,21 @@ class _Partial:
             if not piece:
                 raise Again(f"the connection was closed at byte {self.position:,}")
             self._write(piece)
-            hashing.append(self._hasher.submit(self.digest.update, piece))
-            if len(hashing) > _AHEAD:
-                hashing.popleft().result()
+            self._block.append(piece)
+            if self.position - self._block_start >= _BLOCK:
+                self._hash_behind()
             self._sync_behind()
+
+    def _hash_behind(self) -> None:
+        """Let what came be hashed while more comes."""
+        self._hashing.append(self._hasher.submit(self._hash, self._block))
+        self._block, self._block_start = [], self.position
+        if len(self._hashing) > _AHEAD:
+            self._hashing.popleft().result()
+
+    def _hash(self, block: list[bytes]) -> None:
+        for piece in block:
+            self.digest.update(piece)
 
     def _sync_behind(self) -> None:
         """Now and then let what is written be brought to the disk while more comes, so that the end need not wait."""
@@ -197,6 +212,14 @@ class _Partial:
             self._syncing.result()
             self._syncing = None
 
+    def _settle(self) -> None:
+        """Wait until all that came is hashed and no sync is under way."""
+        self._hash_behind()
+        while self._hashing:
+            self._hashing.popleft().result()
+        self._end_sync()
+        self.watch.on_position(self.position)
+
     def _write(self, piece: bytes) -> None:
         view = memoryview(piece)
         try:
@@ -206,7 +229,9 @@ class _Partial:
         except OSError as error:
             raise DiskError(error) from error
         self.fetched += len(piece)
-        self.watch.on_position(self.position)
+        if (now := time.monotonic()) >= self._tell_at:
+            self.watch.on_position(self.position)
+            self._tell_at = now + _TELL_SECONDS
 
     def _sync(self, position: int) -> None:
         """In a thread of its own: see that what was written up to `position` is on the disk, and note it."""

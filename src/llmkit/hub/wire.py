@@ -51,11 +51,11 @@ class Stopped(Exception):
 
 
 class Again(Exception):
-    """The connection failed in a way that may pass. `retry_after` is what the server asked to wait, in its words."""
+    """The connection failed in a way that may pass. `asked_wait` is how long the server asked to wait, in its words."""
 
-    def __init__(self, why: str, retry_after: str | None = None) -> None:
+    def __init__(self, why: str, asked_wait: str | None = None) -> None:
         super().__init__(why)
-        self.retry_after = retry_after
+        self.asked_wait = asked_wait
 
 
 class Restart(Exception):
@@ -70,8 +70,9 @@ class DiskError(Exception):
         self.error = error
 
 
-def read_range(remote: Remote, start: int, stop: int) -> bytes:
+def read_range(remote: Remote, start: int, stop: int, watch: Watch | None = None) -> bytes:
     """Bytes `start` to `stop` of a remote file, fewer only at its end. Raises what `fetch` raises."""
+    watch = watch or Watch()
     stop = min(stop, remote.file.nbytes)
     tries = 0
     while start < stop:
@@ -81,14 +82,18 @@ def read_range(remote: Remote, start: int, stop: int) -> bytes:
                     check_answer(remote, response)
                     if response.status != 206 and start:
                         raise LlmkitError(f"{remote.name}: the server does not send parts of files", "Fetch it whole.")
+                    if response.status == 206 and range_start(response) != start:
+                        raise Restart(f"the server sent another part than asked for at byte {start:,}")
                     data: bytes = response.read(stop - start)
+            if watch.stopped.is_set():
+                raise Stopped
             if len(data) == stop - start:
                 return data
             raise Again("the connection was closed early")
         except Restart as error:
             raise LlmkitError(f"{remote.name}: {error}", _CHANGING) from error
         except Again as error:
-            tries = wait(remote, error, tries, Watch())
+            tries = wait(remote, error, tries, watch)
     return b""
 
 
@@ -146,7 +151,8 @@ def open_at(remote: Remote, start: int, stop: int | None = None) -> Any:
     _authorize(request, remote)
     redirects = _Redirects(remote)
     try:
-        response = urllib.request.build_opener(redirects).open(request, timeout=remote.timeout)
+        secure = urllib.request.HTTPSHandler(context=client.ssl_context())
+        response = urllib.request.build_opener(redirects, secure).open(request, timeout=remote.timeout)
     except urllib.error.HTTPError as error:
         with error:
             raise _refused(remote, error) from error
@@ -166,7 +172,7 @@ def _refused(remote: Remote, error: urllib.error.HTTPError) -> Exception:
         return Restart("the server has no byte where this file stopped")
     if error.code == 429 or error.code >= 500 or error.code == 408 or (error.code in (401, 403) and not at_home):
         # elsewhere than at the Hub an address is good for a while only: ask the Hub again
-        return Again(f"the server answered {error.code}", error.headers.get("Retry-After"))
+        return Again(f"the server answered {error.code}", client.asked_wait(error.headers))
     if code == "GatedRepo":
         return client.gated(repository, has_token=remote.token is not None)
     if code in ("EntryNotFound", "RevisionNotFound") or (error.code == 404 and not at_home):
@@ -222,7 +228,7 @@ def wait(remote: Remote, error: Again, tries: int, watch: Watch) -> int:
     tries += 1
     if tries >= TRIES:
         raise LlmkitError(f"{remote.name}: gave up after {tries} tries: {error}", KEPT) from error
-    seconds = client.wait_seconds(error.retry_after, tries)
+    seconds = client.wait_seconds(error.asked_wait, tries)
     watch.on_remark(f"{error}: trying again in {seconds:.0f} s")
     if watch.stopped.wait(seconds):
         raise Stopped

@@ -45,7 +45,10 @@ def of(draft: GgufDraft, estimate: MemoryEstimate) -> Decoding:
     head_dim = _key(draft, "attention.key_length") or (_key(draft, "embedding_length") or 0) // max(1, n_head)
     # the cells of a window's cache are a little more than the window; the engine reads them all
     attention = sum(4 * cache.cells * cache.layers * n_head * head_dim for cache in estimate.kv)
-    caches = estimate.part("KV cache") + 2 * estimate.part("recurrent state")  # a state is read and written
+    # a token is of one conversation: others' caches and states are not read; a state is read and written
+    others = estimate.setting.parallel
+    caches = estimate.part("KV cache") // (1 if estimate.setting.unified else others)
+    caches += 2 * estimate.part("recurrent state") // others
     return Decoding(active, active.weight_nbytes + caches, speed.operations(active) + attention)
 
 

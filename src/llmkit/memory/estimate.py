@@ -28,20 +28,23 @@ from . import fallback, oracle, resident
 from .parts import DERIVED, EXACT, MEASURED, REPACKED_PAGES, MemoryEstimate, Part, Variant
 from .setting import Setting
 
+COPY = "COPY"  # the quant that is the model as it is
 _REPACKED = "_REPACK"
 
 
 def variants(draft: GgufDraft, labels: Sequence[str]) -> list[Variant]:
-    """The model in each quant of QUANTS; COPY is the model as it is.
+    """The model in each quant of QUANTS; COPY is the model as it is, of which the engine is asked nothing.
 
     An importance matrix changes some types of many quants: it is taken for granted where the engine insists on one.
     Raises EngineError, Unsupported.
     """
-    made = dict(zip(labels, _choices(draft, labels, has_imatrix=False), strict=True))
+    asked = [label for label in labels if label != COPY]
+    made = dict(zip(asked, _choices(draft, asked, has_imatrix=False), strict=True)) if asked else {}
     needy = [label for label, choice in made.items() if choice.needs_imatrix]
     if needy:
         made |= zip(needy, _choices(draft, needy, has_imatrix=True), strict=True)
-    return [_variant(draft, label, made[label].types) for label in labels]
+    as_it_is = {tensor.name: tensor.type for tensor in draft.tensors}
+    return [_variant(draft, label, made[label].types if label in made else as_it_is) for label in labels]
 
 
 def _choices(draft: GgufDraft, labels: Sequence[str], *, has_imatrix: bool) -> list[Choice]:
@@ -116,7 +119,7 @@ def _exact(
 def placed(draft: GgufDraft, variant: Variant) -> list[resident.Weight]:
     """The tensors where they will lie: a file that is taken as it is keeps its order, else it is ours."""
     spans = [tensor.span for tensor in draft.tensors]
-    if variant.label == "COPY" and all(path.suffix == ".gguf" for path in draft.paths) and all(spans):
+    if variant.label == COPY and all(path.suffix == ".gguf" for path in draft.paths) and all(spans):
         places = [span for span in spans if span]
     else:
         offsets = accumulate(
@@ -195,6 +198,18 @@ def _caches(layout: oracle.Layout) -> Iterator[Part]:
             yield Part("KV cache", kv, MEASURED)
     if recurrent:
         yield Part("recurrent state", recurrent, MEASURED)
+
+
+def own_label(draft: GgufDraft) -> str:
+    """The quant the model is in: as its header says, else the type of its first matrix."""
+    stated = draft.metadata.get("general.file_type")
+    named = [row.name for row in QUANTS.values() if stated is not None and row.ftype == stated.data]
+    return named[0] if named else draft.own_type.name
+
+
+def trained_context(draft: GgufDraft) -> int | None:
+    """Tokens the model was trained for, None where its header does not say."""
+    return _each(draft, "context_length") or None
 
 
 def n_vocab(draft: GgufDraft) -> int:

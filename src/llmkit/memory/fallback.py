@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
-from typing import Any
 
 from ..convert.draft import GgufDraft
-from ..errors import LlmkitError
+from ..errors import LlmkitError, Unsupported
 from ..gguf_writer import tensor_nbytes
 from . import closed_form, resident
-from .closed_form import ClosedForm, assumed, shape
+from .closed_form import ClosedForm, Rough, assumed, shape
 from .closed_form.shape import Shape
 from .parts import CLOSED_FORM, DERIVED, LOOKED_UP, ROUGH, MemoryEstimate, Part, Variant
 from .setting import Setting
@@ -36,51 +36,68 @@ def closed(
 
     Raises it again where the metadata do not tell the shape.
     """
-    try:
-        found = shape.of_metadata(draft.metadata, tied=all(tensor.name != "output.weight" for tensor in draft.tensors))
-    except LlmkitError:
-        raise error from None
+    found = _shape(draft, error)
     sizes = [
         sum(tensor_nbytes(tensor.shape, variant.types[tensor.name]) for tensor in draft.tensors) for variant in chosen
     ]
+    why = error.message
     return [
-        [_estimate(found, variant, setting, nbytes) for setting in settings]
+        [replace(_estimate(found, variant, setting, nbytes), why_not_asked=why) for setting in settings]
         for variant, nbytes in zip(chosen, sizes, strict=True)
     ]
 
 
-def of_config(config: Mapping[str, Any], labels: Sequence[str], setting: Setting) -> list[MemoryEstimate]:
-    """Tier B from config.json alone, of an architecture nobody here converts; the mixes of types are the usual ones.
+def of_draft(draft: GgufDraft, labels: Sequence[str], setting: Setting, error: LlmkitError) -> list[MemoryEstimate]:
+    """Tier B where not even the types of tensors could be asked: the mixes are the usual ones. `error` tells why.
 
-    Quants without a usual mix are left out. Raises InvalidModel when the config does not tell the shape.
+    Raises it again where the metadata do not tell the shape.
     """
-    found = shape.of_config(config)
+    return [replace(each, why_not_asked=error.message) for each in of_shape(_shape(draft, error), labels, setting)]
+
+
+def _shape(draft: GgufDraft, error: LlmkitError) -> Shape:
+    try:
+        return shape.of_metadata(draft.metadata, tied=all(tensor.name != "output.weight" for tensor in draft.tensors))
+    except LlmkitError:
+        raise error from None
+
+
+def of_shape(found: Shape, labels: Sequence[str], setting: Setting) -> list[MemoryEstimate]:
+    """Tier B from a shape alone, of an architecture nobody here converts; the mixes of types are the usual ones.
+
+    Raises Unsupported for a quant that does not exist or has no usual mix.
+    """
     weights = max(1, assumed.n_weights(found))
     made = []
     for label in labels:
-        try:
-            nbytes = assumed.weights_nbytes(found, label)
-        except LlmkitError:
-            continue
+        nbytes = assumed.weights_nbytes(found, label)
         variant = Variant(label, {}, nbytes, Fraction(8 * nbytes, weights))
         made.append(_estimate(found, variant, setting, nbytes))
     return made
 
 
-def of_count(n_params: int, setting: Setting) -> list[MemoryEstimate]:
-    """Tier C from a count of parameters: weights by the rule of thumb, and what the truth is known to add to it."""
+def rules(n_params: int, labels: Sequence[str] = ()) -> dict[str, Rough]:
+    """The rule of thumb for each quant, for those it is usually told for where none is named.
+
+    Raises LlmkitError for a count no model has, Unsupported for a quant without a nominal number of bits.
+    """
+    if unknown := next((label for label in labels if label not in NOMINAL_BITS), None):
+        raise Unsupported(f"the rule of thumb has no bits for {unknown}", f"Known: {', '.join(NOMINAL_BITS)}.")
+    usual = (label for label in NOMINAL_BITS if label != "F16")
+    return {label: closed_form.rough(n_params, NOMINAL_BITS[label]) for label in labels or usual}
+
+
+def of_rules(found: Mapping[str, Rough], setting: Setting) -> list[MemoryEstimate]:
+    """Tier C: weights by the rule of thumb, and what the truth is known to add to it."""
     made = []
-    for label, bits in NOMINAL_BITS.items():
-        if label == "F16":
-            continue
-        rule = closed_form.rough(n_params, bits)
+    for label, rule in found.items():
         more = max(0, (rule.least + rule.most) // 2 - rule.nbytes)
         parts = (
             Part("weights", rule.nbytes, DERIVED),
             Part("what the rule leaves out, between the known bounds", more, LOOKED_UP),
         )
         made.append(
-            MemoryEstimate(Variant(label, {}, rule.nbytes, Fraction(bits)), setting, ROUGH, setting.context, parts)
+            MemoryEstimate(Variant(label, {}, rule.nbytes, Fraction(rule.bits)), setting, ROUGH, setting.context, parts)
         )
     return made
 

@@ -23,7 +23,10 @@ _POINTS = (512, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 262144, 1048576)
 
 @dataclass(frozen=True)
 class Growth:
-    """Bytes beyond the weights at some contexts, in rising order, as the engine lays them out."""
+    """Bytes beyond the weights at some contexts, in rising order, as the engine lays them out.
+
+    They are those of one quant; of another they differ by what is the same at every context.
+    """
 
     contexts: tuple[int, ...]
     nbytes: tuple[int, ...]
@@ -35,7 +38,7 @@ class Growth:
         y0, y1 = self.nbytes[index - 1], self.nbytes[index]
         return y0 + (y1 - y0) * (context - x0) / (x1 - x0)
 
-    def longest(self, budget: int) -> int | None:
+    def longest(self, budget: float) -> int | None:
         """The longest context whose bytes stay within `budget`; None when not even the shortest does."""
         low, high = self.contexts[0] // _STEP, self.contexts[-1] // _STEP
         if self.at(low * _STEP) > budget:

@@ -14,7 +14,7 @@ from .setting import Setting
 
 @dataclass(frozen=True)
 class Knob:
-    """A change of the setting: what it costs and the option of `llmkit estimate` for it. `saved` bytes once asked for.
+    """A change of the setting: what it costs and the options of `llmkit estimate` for it. `saved` bytes once asked for.
 
     `undone` are the changes that put the opposite in place; `command` runs a model so, where FILE is a GGUF.
     """
@@ -28,10 +28,11 @@ class Knob:
     command: str = ""
 
 
+TRIFLE = 0.001  # of all that is needed: less is not worth a line
 _SIXTEEN_BITS = {"kv_k": "f16", "kv_v": "f16"}
 KNOBS = (
     Knob(
-        "flash attention", {"flash_attention": True}, "nothing on most machines", "no --no-flash-attention",
+        "flash attention", {"flash_attention": True}, "nothing on most machines", "--flash-attention",
         undone={"flash_attention": False}, command="llmkit chat FILE",
     ),
     Knob(
@@ -45,7 +46,7 @@ KNOBS = (
         undone=_SIXTEEN_BITS, command="llama-server -m FILE -fa on -ctk q4_0 -ctv q4_0",
     ),
     Knob(
-        "sliding windows kept small", {"swa_full": False}, "no going back beyond the window", "--runtime llmkit",
+        "sliding windows kept small", {"swa_full": False}, "no going back beyond the window", "as --runtime llmkit",
         undone={"swa_full": True}, command="llmkit chat FILE",
     ),
     Knob(
@@ -57,7 +58,7 @@ KNOBS = (
         command="llama-server -m FILE --parallel 1",
     ),
     Knob(
-        "one row of logits", {"output_rows": 1}, "no probabilities of a prompt's tokens", "--runtime llama-server",
+        "one row of logits", {"output_rows": 1}, "no probabilities of a prompt's tokens", "as --runtime llama-server",
         command="llama-server -m FILE",
     ),
 )  # fmt: skip
@@ -79,8 +80,15 @@ def of(draft: GgufDraft, variant: Variant, setting: Setting) -> list[Knob]:
     settings = [setting, *(changed for _, changed in turned)]
     now, *later = memory.estimate(draft, [variant], settings)[0]
     found = [
-        replace(knob, saved=now.needed_nbytes - then.needed_nbytes)
+        replace(knob, saved=now.needed_nbytes - then.needed_nbytes, option=_option(knob, setting))
         for (knob, _), then in zip(turned, later, strict=True)
         if now.error is None and then.error is None
     ]
-    return sorted((knob for knob in found if knob.saved > 0), key=lambda knob: -knob.saved)
+    worth = (knob for knob in found if knob.saved > TRIFLE * now.needed_nbytes)
+    return sorted(worth, key=lambda knob: -knob.saved)
+
+
+def _option(knob: Knob, setting: Setting) -> str:
+    """The knob's options; a quantized cache needs flash attention, which may be off."""
+    needs = knob.changes.get("flash_attention") and "kv_k" in knob.changes and setting.flash_attention is False
+    return f"{knob.option} --flash-attention" if needs else knob.option

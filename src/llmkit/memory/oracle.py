@@ -77,9 +77,14 @@ def ask(
                 contexts = [wanted[number].context_params() for number in chosen]
                 models.append({"path": str(path), "model_params": params, "contexts": contexts})
                 order.append((index, chosen))
-        answers = engine.run_in_child(
-            function="llmkit.engine.breakdown:layouts", arguments={"models": models}, timeout=_TIMEOUT
-        )
+        try:
+            answers = engine.run_in_child(
+                function="llmkit.engine.breakdown:layouts", arguments={"models": models}, timeout=_TIMEOUT
+            )
+        except EngineError as error:  # the files are ours: nobody knows their names, and they will be gone
+            for row in models:
+                error.message = error.message.replace(str(row["path"]), draft.name)
+            raise
     found: list[dict[int, Layout | str]] = [{} for _ in variants]
     for (index, chosen), layouts in zip(order, answers, strict=True):
         found[index] |= {number: _layout(layout) for number, layout in zip(chosen, layouts, strict=True)}

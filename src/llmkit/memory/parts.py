@@ -41,7 +41,8 @@ class MemoryEstimate:
     """What a variant takes in a setting. `error` instead of parts where the engine refuses the setting.
 
     `context` is what the engine makes of the wish. `tier`: EXACT, CLOSED_FORM or ROUGH. `untouched`: bytes of the
-    compute buffer that are reserved for rows of logits nobody asks for.
+    compute buffer that are reserved for rows of logits nobody asks for. `why_not_asked`: what kept the engine from
+    being asked, in its last words.
     """
 
     variant: Variant
@@ -52,6 +53,7 @@ class MemoryEstimate:
     error: str | None = None
     kv: tuple[Cache, ...] = ()
     untouched: int = 0
+    why_not_asked: str = ""
 
     @property
     def needed_nbytes(self) -> int:

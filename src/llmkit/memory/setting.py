@@ -71,11 +71,17 @@ class Setting:
 
 @dataclass(frozen=True)
 class Runtime:
-    """A program that runs GGUFs: its defaults, and a remark where they are not read from its source."""
+    """A program that runs GGUFs: its defaults, and a remark where they are not read from its source, or not all.
+
+    `rows_per_sequence`: rows of logits it reserves for each sequence, None: as in the setting; `rows_per_batch`: one
+    for each token of a batch. `shares`: conversations have one cache unless their number is given.
+    """
 
     name: str
     setting: Setting
-    rows_per_sequence: int | None = None  # logits rows reserved for each sequence; None: as in the setting
+    rows_per_sequence: int | None = None
+    rows_per_batch: bool = False
+    shares: bool = False
     remark: str = ""
 
     def with_context(self, context: int, **changes: Any) -> Setting:
@@ -85,6 +91,10 @@ class Runtime:
         made = replace(made, ubatch=min(made.ubatch, made.batch))
         if self.rows_per_sequence is not None:
             made = replace(made, output_rows=self.rows_per_sequence * made.parallel)
+        if self.rows_per_batch:
+            made = replace(made, output_rows=made.batch)
+        if self.shares and "unified" not in given:
+            made = replace(made, unified="parallel" not in given)
         return replace(made, output_rows=min(made.output_rows, made.batch))
 
 
@@ -92,8 +102,13 @@ RUNTIMES = {
     row.name: row
     for row in (
         Runtime("llmkit", Setting(4096)),
-        Runtime("llama-server", Setting(4096, batch=2048, parallel=4, unified=True), rows_per_sequence=1),
-        Runtime("llama-cpp-python", Setting(512, output_rows=512, flash_attention=False, swa_full=True)),
+        Runtime(
+            "llama-server", Setting(4096, batch=2048, parallel=4, unified=True), rows_per_sequence=1, shares=True,
+            remark="llama-server keeps earlier prompts in up to 8 GiB more, unless --cache-ram says otherwise",
+        ),
+        Runtime(
+            "llama-cpp-python", Setting(512, output_rows=512, flash_attention=False, swa_full=True), rows_per_batch=True
+        ),
         Runtime(
             "ollama", Setting(4096), rows_per_sequence=1,
             remark="Ollama lays models out by its own engine for some families: derived from llama.cpp, not measured",

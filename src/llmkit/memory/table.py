@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ..convert.draft import GgufDraft
-from ..errors import LlmkitError
-from . import decoding, fit
+from ..errors import EngineError, LlmkitError, Unsupported
+from ..quants import TENSOR_TYPES
+from . import decoding, fallback, fit
 from . import estimate as memory
 from .decoding import Decoding
 from .devices.device_table import Device
-from .parts import MemoryEstimate
+from .parts import EXACT, MemoryEstimate, Variant
 from .published import Hint, hint
 from .setting import Setting
 from .speed import SpeedRange
@@ -48,31 +49,45 @@ def rows(
     budget: int | None = None,
     device: Device | None = None,
 ) -> list[Row]:
-    """A row for each quant of `labels`; the engine is asked for all of them at once. Raises LlmkitError."""
-    chosen = memory.variants(draft, labels)
-    points = fit.context_points(trained, setting.context) if budget is not None else []
-    # how memory grows with the context does not depend on the quant: the first one is asked for all
-    settings = [setting, *(replace(setting, context=point) for point in points if point != setting.context)]
-    first, *others = chosen
-    grown = memory.estimate(draft, [first], settings)[0]
-    estimates = [grown[0], *(row[0] for row in (memory.estimate(draft, others, [setting]) if others else []))]
-    growth = _growth(grown) if budget is not None else None
-    return [_row(draft, each, growth, budget, device) for each in estimates]
+    """A row for each quant of `labels`; the engine is asked for all of them at once.
 
-
-def _growth(grown: Sequence[MemoryEstimate]) -> fit.Growth | None:
+    Raises Unsupported where it refuses the setting for all of them, LlmkitError where nobody can tell anything.
+    """
     try:
-        return fit.growth_of(grown)
+        chosen = memory.variants(draft, labels)
+    except EngineError as error:
+        return without_engine(fallback.of_draft(draft, labels, setting, error), budget)
+    estimates = [row[0] for row in memory.estimate(draft, chosen, [setting])]
+    # how memory grows with the context does not depend on the quant: the first one is asked for all
+    growth = None if budget is None or estimates[0].error else _growth(draft, chosen[0], setting, trained)
+    return _accepted([_row(draft, each, growth, budget, device) for each in estimates])
+
+
+def _accepted(rows: list[Row]) -> list[Row]:
+    refused = [row.estimate for row in rows if row.estimate.error]
+    if refused and len(refused) == len(rows):
+        setting = refused[0].setting
+        off = setting.flash_attention is False and TENSOR_TYPES[setting.kv_v.upper()].quantized
+        hint = "Put flash attention on, or the cache into 16 bits: --flash-attention, --kv-type f16." if off else None
+        raise Unsupported(f"the engine refuses this setting: {refused[0].error}", hint)
+    return rows
+
+
+def _growth(draft: GgufDraft, variant: Variant, setting: Setting, trained: int) -> fit.Growth | None:
+    try:
+        return fit.growth(draft, variant, setting, fit.context_points(trained, setting.context))
     except LlmkitError:
         return None
 
 
 def without_engine(estimates: Sequence[MemoryEstimate], budget: int | None) -> list[Row]:
-    """Rows of estimates by closed form or rule of thumb: no longest context, no speed."""
-    return [
-        Row(each, hint(each.variant.label), fits=None if budget is None or each.error else each.needed_nbytes <= budget)
-        for each in estimates
-    ]
+    """Rows of estimates by closed form or rule of thumb: no longest context, no speed. Raises as `rows`."""
+    return _accepted(
+        [
+            Row(each, hint(each.variant.label), fits=None if budget is None else each.needed_nbytes <= budget)
+            for each in estimates
+        ]
+    )
 
 
 def _row(
@@ -81,12 +96,13 @@ def _row(
     known = hint(each.variant.label)
     if each.error is not None:
         return Row(each, known)
-    token = decoding.of(draft, each)
-    speed = token.on(device) if device else None
+    # closed forms do not tell how many tokens each cache holds
+    token = decoding.of(draft, each) if each.tier == EXACT else None
+    speed = token.on(device) if token and device else None
     if budget is None:
         return Row(each, known, token=token, speed=speed)
-    room = budget - each.part("weights")
-    longest = growth.longest(room) if growth and room > 0 else None
+    # what it takes at any context is what it takes at this one, and what the growth adds
+    longest = growth.longest(budget - each.needed_nbytes + growth.at(each.context)) if growth else None
     return Row(each, known, longest, each.needed_nbytes <= budget, token, speed)
 
 

@@ -137,7 +137,7 @@ def _of_knob(
 ) -> Technique | None:
     row = Technique(knob.name, _change(knob, now.setting), knob.cost, AVAILABLE, command=knob.command, how=_how(now))
     saved = _needed(now) - _needed(turned) if turned.error is None else 0
-    if saved > 0:
+    if saved > (0 if knob.undone else knobs.TRIFLE * _needed(now)):
         return replace(row, before=_needed(now), after=_needed(turned))
     if undone is None:
         return None  # of the knobs nobody would call a technique, those that save something are worth a line
@@ -195,7 +195,7 @@ def _quantization(draft: GgufDraft, now: MemoryEstimate) -> Iterator[Technique]:
     asked = [target, *([mixed[0]] if mixed else [])]
     found = [row[0] for row in memory.estimate(draft, asked, [now.setting])]
     if smaller:
-        own = draft.own_type.name if now.variant.label == "COPY" else now.variant.label
+        own = memory.own_label(draft) if now.variant.label == memory.COPY else now.variant.label
         yield Technique(
             name, f"{own} → {target.label}", _published(target.label) + again[1], AVAILABLE, _needed(now),
             _needed(found[0]), f"llmkit quantize MODEL {target.label}{again[0]}", how=_how(found[0]),

@@ -153,13 +153,7 @@ def _require_room(plan: Plan) -> None:
     for file in (file for output in plan.outputs for file in output.files):
         missing = max(0, file.nbytes - allocated_nbytes(store.partial_path(file.path)))
         needs.append((file.path.parent, missing))
-    disks: dict[int, tuple[Path, int]] = {}
-    for folder, nbytes in needs:
-        device = next(each for each in (folder, *folder.absolute().parents) if each.exists()).stat().st_dev
-        first, sum_nbytes = disks.get(device, (folder, 0))
-        disks[device] = (first, sum_nbytes + nbytes)
-    for folder, nbytes in disks.values():
-        store.require_room(folder, nbytes)
+    store.require_rooms(needs)
 
 
 def _present(paths: Sequence[Path]) -> frozenset[Path]:
