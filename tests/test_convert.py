@@ -262,3 +262,14 @@ def test_name_in_the_hub_s_cache(tiny_checkpoint: TinyCheckpoint, tmp_path: Path
     place = tmp_path / "models--org--tiny-model" / "snapshots" / ("0123456789" * 4)
     shutil.copytree(tiny_checkpoint("llama"), place)
     assert draft(place).name == "tiny-model"
+
+
+def test_a_licence_with_a_name_of_its_own_goes_along(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_checkpoint("llama"), tmp_path / "model")
+    link = "https://example.org/LICENSE.md?plain=1"
+    card = f"---\nlicense: other\nlicense_name: 'our-own'\nlicense_link: {link}\n---\ntext\n"
+    (folder / "README.md").write_text(card)
+    found = convert.open_draft(folder).metadata
+    named = {key: value.data for key, value in found.items() if key.startswith("general.license")}
+    expected = {"general.license": "other", "general.license.name": "our-own", "general.license.link": link}
+    assert named == expected and list(named) == list(expected)

@@ -25,6 +25,11 @@ _SAMPLING = (
     (("penalty_repeat", "repetition_penalty"), "penalty_repeat", float),
 )
 
+# field of the model card → key, in the converter's order
+_LICENCE = {
+    "license": "general.license", "license_name": "general.license.name", "license_link": "general.license.link",
+}  # fmt: skip
+
 
 def general(checkpoint: Checkpoint, architecture: str, *, name: str, n_weights: int) -> dict[str, Value]:
     """general.*: architecture, recommended sampling, name, size, licence."""
@@ -32,8 +37,9 @@ def general(checkpoint: Checkpoint, architecture: str, *, name: str, n_weights: 
     found |= _sampling(checkpoint.folder)
     found["general.name"] = Value.string(name)
     found["general.size_label"] = Value.string(size_label(n_weights))
-    if licence := _card_field(checkpoint.folder, "license"):
-        found["general.license"] = Value.string(licence)
+    for field, key in _LICENCE.items():
+        if text := _card_field(checkpoint.folder, field):
+            found[key] = Value.string(text)
     return found
 
 
@@ -55,14 +61,14 @@ def _sampling(folder: Path) -> dict[str, Value]:
 
 
 def _card_field(folder: Path, name: str) -> str | None:
-    """A plain field of the YAML block that opens README.md."""
+    """A field of the YAML block that opens README.md: one plain or quoted word, or an address."""
     try:
         text = (folder / "README.md").read_text("utf-8", "replace")
     except OSError:
         return None
     block = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
-    line = block and re.search(rf"^{name}:[ \t]*([\w.+-]+)[ \t]*$", block[1], re.MULTILINE)
-    return line[1] if line else None
+    line = block and re.search(rf"^{name}:[ \t]*(['\"]?)([\w.+:/?=&%~#-]+)\1[ \t]*$", block[1], re.MULTILINE)
+    return line[2] if line else None
 
 
 def size_label(n_weights: int) -> str:
