@@ -240,9 +240,12 @@ def test_a_note_without_bytes(here: Client) -> None:
 def test_processes_that_fetch_the_same(here: Client, tmp_path: Path, n_processes: int) -> None:
     many = FILES | {f"extra-{number}.json": fetching.content(200_000, number) for number in range(6)}
     here.hub.add_synthetic(REPO, many)
-    here.hub.fail(REPO, "*", Trickle(1_500_000), times=None)
+    here.hub.fail(REPO, "*", Trickle(600_000), times=None)
     environ = fetching.environment(here.hub, tmp_path)
-    children = [fetching.start(REPO, environ) for _ in range(n_processes)]
+    partial = store.partial_path(tmp_path / "hf" / "hub" / "models--org--tiny" / "blobs" / blob(here).name)
+    children = [fetching.start(REPO, environ)]
+    fetching.wait_for(lambda: size(partial) > 0, "the first to be under way")  # else they might never meet
+    children += [fetching.start(REPO, environ) for _ in range(n_processes - 1)]
     reports = [child.finish() for child in children]
     for report in reports:
         assert_holds(report.path, many)
