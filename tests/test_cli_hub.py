@@ -54,7 +54,8 @@ def test_a_dry_run_fetches_headers_and_tells_the_truth(desk: Desk, root: Path) -
     assert 0 < sum(request.sent for request in weights(desk.hub)) < 300_000 < total / 50
     small = size(root / TINY) - total
     assert planned["fetch_nbytes"] == total + small
-    assert planned["fetched_nbytes"] == small + sum(request.sent for request in weights(desk.hub))
+    files_asked = desk.hub.requests("GET", contains="/resolve/")
+    assert planned["fetched_nbytes"] == sum(request.sent for request in files_asked) >= small
     assert not files(desk.out) and not leftovers(desk.home)
     shown = desk.ok("quantize", TINY, "Q4_K_M", "--dry-run")
     assert "Nothing was written" in shown.stderr and "licence apache-2.0" in shown.stderr
@@ -217,18 +218,19 @@ def test_low_disk_goes_on(desk: Desk, ordinary: dict[str, bytes], number: signal
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("--low-disk",)])
 def test_two_at_once(desk: Desk, ordinary: dict[str, bytes], options: tuple[str, ...]) -> None:
-    """The second waits, says for whom, and finds it made."""
-    desk.hub.fail(BIG, "*.safetensors", Trickle(10e6), times=None)
+    """The second waits and says for whom; nothing is fetched twice, and the output is made once."""
+    # slow enough that the second meets the first; without --low-disk several shards come at once
+    desk.hub.fail(BIG, "*.safetensors", Trickle(10e6 if options else 1e6), times=None)
     with desk.running("quantize", BIG, "Q4_K_M", *options) as first:
         wait_until(lambda: bool(shards_of(weights(desk.hub))), first)
         second = desk.run("quantize", BIG, "Q4_K_M", *options)
         _, said = first.communicate(timeout=PATIENCE)
-    assert first.returncode == 0, said
     assert f"process {first.pid}: waiting" in second.stderr
-    if second.returncode:  # all had come, and the first was at work still
-        assert not options and "another run is writing it" in second.stderr
-        second = desk.ok("quantize", BIG, "Q4_K_M")
-    assert "made already" in second.stderr
+    for code, words in ((first.returncode, said), (second.returncode, second.stderr)):
+        # once all had come both may have begun to write, and one of them is told so; shard by shard they take turns
+        assert code == 0 or (code == 1 and not options and "another run is writing it" in words), words
+    assert 0 in (first.returncode, second.returncode)
+    assert "made already" in desk.ok("quantize", BIG, "Q4_K_M", *options).stderr
     assert files(desk.out) == ordinary and not leftovers(desk.home)
     assert sorted(shards_of(weights(desk.hub))) == sorted(set(shards_of(weights(desk.hub))))
 
