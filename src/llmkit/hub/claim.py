@@ -42,7 +42,7 @@ def claim(
     `on_wait` is told once the pid of the process we wait for (0 when it is not known).
     """
     lock = lock_path(path)
-    told = False
+    told, polls = False, 0
     while True:
         lock.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
@@ -55,9 +55,11 @@ def claim(
             return
         if free:  # its last owner has just removed it
             continue
-        if not told:
-            on_wait(_pid(lock) or 0)
+        owner_pid = _pid(lock)
+        if not told and (owner_pid is not None or polls):  # just taken, it does not name its owner yet
+            on_wait(owner_pid or 0)
             told = True
+        polls += 1
         time.sleep(_POLL_SECONDS)
     try:
         os.ftruncate(descriptor, 0)
