@@ -37,17 +37,19 @@ def test_the_verbs_are_listed_as_help_lists_them() -> None:
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
 def test_commands_parse(words: list[str]) -> None:
     """The words of each command are what its verb's parser takes; running them is test_end_to_end's."""
-    parser = frame._verb_parser(words[0], frame._load(words[0]))
-    assert parser.parse_args(words[1:])
+    name, module, rest = frame.chosen(words)
+    assert frame._verb_parser(name, module).parse_args(rest)
 
 
 @pytest.mark.parametrize("verb", frame.VERBS)
 def test_examples_in_help_parse(verb: str) -> None:
-    module = frame._load(verb)
-    for example in module.EXAMPLES:
-        command = shlex.split(example.partition("|")[0], comments=True)
-        assert command[:2] == ["llmkit", verb]
-        assert frame._verb_parser(verb, module).parse_args(command[2:])
+    topics = getattr(frame._load(verb), "TOPICS", {})
+    for name in [verb, *(f"{verb} {topic}" for topic in topics)]:
+        for example in frame._load(name.replace(" ", ".")).EXAMPLES:
+            command = shlex.split(example.partition("|")[0], comments=True)
+            assert command[0] == "llmkit" and " ".join(command[1:]).startswith(name)
+            called, module, rest = frame.chosen(command[1:])
+            assert frame._verb_parser(called, module).parse_args(rest)
 
 
 def test_the_folders_shown_are_the_folders_there() -> None:

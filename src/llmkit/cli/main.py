@@ -2,7 +2,8 @@
 
 A verb is a module of this package with a docstring (its first line is the help), `add_arguments(parser)`,
 `run(args) -> int`, and EXAMPLES; KEPT, if there, says what an interruption leaves behind. Only the module of
-the chosen verb is imported, so that `llmkit --help` answers at once.
+the chosen verb is imported, so that `llmkit --help` answers at once. A verb that is a package may have TOPICS, a
+table as VERBS: `llmkit inspect tokens …` runs the module `inspect.tokens`, made like a verb's.
 
 Exit codes: 0 done, 1 an LlmkitError (or a bug, with its traceback), 2 usage, 130 interrupted.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 
 from .. import __version__
@@ -55,11 +56,21 @@ def _main(words: list[str]) -> int:
             return 2
         if words[start] not in VERBS:
             return _unknown_verb(words[start])
-        module = _load(words[start])
-        args = _verb_parser(words[start], module).parse_args(words[start + 1 :], options)
+        name, module, rest = chosen(words[start:])
+        args = _verb_parser(name, module).parse_args(rest, options)
     except SystemExit as exit:  # argparse has said what there was to say
         return exit.code if isinstance(exit.code, int) else 2
     return _run(module, args)
+
+
+def chosen(words: Sequence[str]) -> tuple[str, ModuleType, list[str]]:
+    """What `words` ask for, of which the first is a verb: its name ("inspect tokens"), its module, the other words."""
+    name, rest = words[0], list(words[1:])
+    module = _load(name)
+    if rest and rest[0] in getattr(module, "TOPICS", {}):
+        name = f"{name} {rest.pop(0)}"
+        module = _load(name.replace(" ", "."))
+    return name, module, rest
 
 
 def _prepare_streams() -> None:
@@ -73,12 +84,11 @@ def _prepare_streams() -> None:
 
 
 def _frame() -> argparse.ArgumentParser:
-    verbs = "\n".join(f"  {verb:<10} {line}" for verb, line in VERBS.items())
     parser = argparse.ArgumentParser(
         prog="llmkit",
         usage="llmkit VERB MODEL [options]",
         description=DESCRIPTION,
-        epilog=f"verbs:\n{verbs}\n\n`llmkit VERB --help` tells more, with examples.",
+        epilog=f"verbs:\n{_listed(VERBS)}\n\n`llmkit VERB --help` tells more, with examples.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"llmkit {__version__}")
@@ -86,12 +96,18 @@ def _frame() -> argparse.ArgumentParser:
     return parser
 
 
+def _listed(names: Mapping[str, str]) -> str:
+    return "\n".join(f"  {name:<10} {line}" for name, line in names.items())
+
+
 def _verb_parser(verb: str, module: ModuleType) -> argparse.ArgumentParser:
     examples: tuple[str, ...] = module.EXAMPLES
+    topics: Mapping[str, str] = getattr(module, "TOPICS", {})
+    listed = f"topics:\n{_listed(topics)}\n\n`llmkit {verb} TOPIC --help` tells more.\n\n" if topics else ""
     parser = argparse.ArgumentParser(
         prog=f"llmkit {verb}",
         description=module.__doc__,
-        epilog="\n".join(("examples:", *(f"  {example}" for example in examples))),
+        epilog=listed + "\n".join(("examples:", *(f"  {example}" for example in examples))),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     module.add_arguments(parser)

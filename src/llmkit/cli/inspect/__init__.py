@@ -9,13 +9,13 @@ import argparse
 from math import prod
 from typing import TYPE_CHECKING
 
-from . import models, output
+from .. import models, output
 
 if TYPE_CHECKING:
     from fractions import Fraction
 
-    from ..gguf import GgufFile
-    from ..inspection.files import FileSummary, MetadataRow, TensorGroup, TokenizerSummary
+    from ...gguf import GgufFile
+    from ...inspection.files import FileSummary, MetadataRow, TensorGroup, TokenizerSummary
 
 EXAMPLES = (
     "llmkit inspect model.gguf",
@@ -23,6 +23,9 @@ EXAMPLES = (
     "llmkit inspect model.gguf --tensors | grep ffn_down",
     "llmkit inspect Qwen/Qwen3-0.6B-GGUF:Q8_0 --json",
 )
+
+# topic = module of this package → its one line of help, the first line of its docstring
+TOPICS: dict[str, str] = {}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Read the header and show it."""
-    from .. import gguf
-    from ..errors import Unsupported
+    from ... import gguf
+    from ...errors import Unsupported
 
     with models.outline(args.model) as source:
         if source.path.is_dir():
@@ -50,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
 def show(file: GgufFile, args: argparse.Namespace, *, where: str) -> None:
     """Print what was asked for; `where` is what the file is called."""
-    from ..inspection import files
+    from ...inspection import files
 
     if args.json:
         summary = output.plain(files.summary(file)) | {"path": where}
