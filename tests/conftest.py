@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +114,24 @@ def cli() -> Cli:
         )  # fmt: skip
 
     return run
+
+
+@contextmanager
+def in_session(*command: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """A process in a session of its own, as a terminal has it: signals to its group reach its children too.
+
+    Killed at the end, if it still runs. `options` are Popen's.
+    """
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, encoding="utf-8",
+        errors="replace", **options,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
 
 
 def cli_environment() -> dict[str, str]:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 import standin_hub
-from conftest import TinyCheckpoint, cli_environment
+from conftest import TinyCheckpoint, cli_environment, in_session
 from llmkit import quantize
 from shards_material import plan_of
 from standin_hub import Hub, Request
@@ -100,19 +98,12 @@ class Desk:
         assert "Traceback" not in done.stderr or more.get("LLMKIT_DEBUG")
         return done.stderr
 
-    @contextmanager
-    def running(self, *words: object, program: tuple[str, ...] = ("-m", "llmkit")) -> Iterator[subprocess.Popen[str]]:
-        process = subprocess.Popen(
-            [sys.executable, *program, *map(str, words)], env=self.environment(), cwd=self.out,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True,
-            start_new_session=True,
-        )  # fmt: skip
-        try:
-            yield process
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+    def running(
+        self, *words: object, program: tuple[str, ...] = ("-m", "llmkit")
+    ) -> AbstractContextManager[subprocess.Popen[str]]:
+        """A run that can be hit."""
+        command = (sys.executable, *program, *map(str, words))
+        return in_session(*command, env=self.environment(), cwd=self.out, stdin=subprocess.DEVNULL)
 
 
 @pytest.fixture

@@ -113,6 +113,20 @@ def assert_holds(folder: Path, files: Mapping[str, bytes]) -> None:
         assert hashlib.sha256(found[name].read_bytes()).digest() == hashlib.sha256(expected).digest(), name
 
 
+FILES = checkpoint()
+
+
+def whole(here: Client, text: str = REPO) -> Outcome:
+    """Fetch FILES; everything is right at the end, and what the server sent is told truly."""
+    outcome = here.fetch(text)
+    assert outcome.path is not None
+    assert_holds(outcome.path, FILES)
+    assert unfinished(here.cache.root) == []
+    last = outcome.progress[-1]
+    assert last.done == last.total == sum(map(len, FILES.values()))
+    return outcome
+
+
 def unfinished(folder: Path) -> list[str]:
     """Names of what is not final below `folder`."""
     return sorted(path.name for path in folder.rglob("*") if LEFT_OPEN.search(path.name))

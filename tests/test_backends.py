@@ -1,4 +1,4 @@
-"""backends/: the seam, kept by the real engine and by the scripted stand-in; golden values of SmolLM2 (CPU)."""
+"""backends/: the seam, kept by the real engine and by the scripted stand-in; what a model says of itself."""
 
 from __future__ import annotations
 
@@ -69,13 +69,41 @@ def test_text_that_is_not_unicode_does_no_harm(smol: Backend) -> None:
     assert smol.encode("\udcff") == smol.encode("?")
 
 
-def test_the_next_token_of_the_capital_of_france(smol: Backend) -> None:
-    session = smol.session(512, inspect=True)  # flash attention off, as the golden values
-    row = probabilities(session.eval(FRANCE).logits[0])
-    for token, expected in ((7042, 0.7677), (260, 0.0605), (4528, 0.0123), (1315, 0.0116), (5145, 0.0112)):
-        assert row[token] == pytest.approx(expected, abs=TOLERANCE)
-    assert row.argmax() == PARIS
-    session.close()
+KINDS = {1: "normal", 2: "unknown", 3: "control", 4: "user", 5: "unused", 6: "byte"}  # gguf.TokenType
+
+
+def test_kinds_are_those_in_the_file(
+    smol: Backend, smollm2_gguf: Path, tiny_checkpoint: TinyCheckpoint, gguf_of: GgufOf
+) -> None:
+    assert (smol.kind(1), smol.kind(504)) == ("control", "normal")
+    for path, kinds in (
+        (smollm2_gguf, {"normal", "control"}),
+        (gguf_of(tiny_checkpoint("gemma3"), "f32"), {"normal", "control", "byte"}),
+    ):
+        backend = llamacpp.load(path, vocabulary_only=True)
+        found = [backend.kind(token) for token in range(backend.info.n_vocab)]
+        assert found == [KINDS[number] for number in gguf.read(path).get("tokenizer.ggml.token_type")]
+        assert set(found) == kinds
+        backend.close()
+    with pytest.raises(ValueError):
+        smol.kind(49152)
+
+
+def test_what_computes_and_from_which_files(smol: Backend, smollm2_gguf: Path) -> None:
+    assert smol.info.engine == f"llama.cpp {engine.load().version} ({engine.load().build})"
+    assert smol.info.files == (smollm2_gguf,)
+    assert (smol.info.n_head, smol.info.pooling, smol.info.generates) == (9, None, True)
+
+
+def test_a_vocabulary_alone(smol: Backend, smollm2_gguf: Path) -> None:
+    alone = llamacpp.load(smollm2_gguf, vocabulary_only=True)
+    assert alone.info == smol.info
+    assert alone.encode("The capital of France is") == FRANCE and alone.piece(PARIS) == b" Paris"
+    np.testing.assert_array_equal(alone.embed(FRANCE), smol.embed(FRANCE))
+    for use in (lambda: alone.session(64), lambda: alone.pool(FRANCE), lambda: alone.unembed(alone.embed(FRANCE))):
+        with pytest.raises(Unsupported, match="vocabulary alone"):
+            use()
+    alone.close()
 
 
 # ── evaluation ──
@@ -197,6 +225,7 @@ def test_embeddings_are_the_files_own_rows(smol: Backend, smollm2_gguf: Path) ->
     expected = gguf_oracle.quants.dequantize(table.data[FRANCE], table.tensor_type)
     np.testing.assert_array_equal(smol.embed(FRANCE), expected)
     assert smol.embed([]).shape == (0, 576)
+    np.testing.assert_array_equal(smol.embed(range(300, 5000)), smol.embed(list(range(300, 5000))))
     with pytest.raises(ValueError):
         smol.embed([49152])
 

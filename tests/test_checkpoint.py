@@ -339,6 +339,13 @@ def mutated(good: bytes, chance: random.Random) -> bytes:
     return bytes(content)
 
 
+def test_metadata_may_be_null(tmp_path: Path) -> None:
+    """As MLX writes it."""
+    folder = folder_with(tmp_path, {})
+    (folder / "model.safetensors").write_bytes(safetensors({"__metadata__": None, "a": F32}, bytes(8)))
+    assert set(checkpoint.read(folder).tensors) == {"a"}
+
+
 @pytest.mark.slow
 def test_twenty_thousand_mutations(tmp_path: Path) -> None:
     header = {"__metadata__": {"format": "pt"}, "a": F32, "b.weight": row("BF16", [2, 3], [8, 20])}

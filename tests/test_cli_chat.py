@@ -1,23 +1,20 @@
-"""cli/chat.py: the real program in child processes, its loop over the scripted backend."""
+"""cli/chat: the real program with a real model, in child processes and on pseudo-terminals."""
 
 from __future__ import annotations
 
+import json
 import os
-import select
+import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from conftest import cli_environment
-from llmkit.backends.scripted import Scripted
-from llmkit.chat import Chat, Sampling
-from llmkit.cli import chat as cli_chat
-from llmkit.errors import LlmkitError, ModelNotFound, Unsupported
+from terminal import Terminal
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 GREEDY = ("--temperature", "0", "--threads", "1", "--max-tokens", "60", "--system", "You are a helpful assistant.")
@@ -44,7 +41,7 @@ def test_probabilities_are_shown_below(cli: Cli, smollm2_gguf: Path) -> None:
     done = cli("chat", smollm2_gguf, *arguments)
     lines = done.stdout.splitlines()
     assert lines[0] == "The capital of France is Paris."
-    assert lines[1].split() == "most uncertain probability entropy it might have said".split()
+    assert lines[1].split() == "token most uncertain raw entropy it might have said (raw)".split()
     assert len(lines) == 5 and all("%" in line and "bits" in line for line in lines[2:])
 
 
@@ -52,10 +49,10 @@ def test_lines_from_a_pipe_are_turns_and_commands(cli: Cli, smollm2_gguf: Path) 
     lines = "What is the capital of France?\n\nAnd of Italy?\n/context\n/set top-k 5\n/exit\nnot reached\n"
     done = cli("chat", smollm2_gguf, *GREEDY, input=lines)
     assert done.returncode == 0, done.stderr
-    assert "Paris" in done.stdout and "Rome" in done.stdout
+    assert "Paris" in done.stdout and "Rome" in done.stdout and "not reached" not in done.stdout
     assert "4 messages" in done.stderr and "messages" not in done.stdout
-    assert "reused)" in done.stderr
-    assert "top-k           5" in done.stderr
+    assert re.search(r"reused \d+ of \d+ tokens", done.stderr)
+    assert "top-k    5" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -63,7 +60,13 @@ def test_lines_from_a_pipe_are_turns_and_commands(cli: Cli, smollm2_gguf: Path) 
     [
         (("--system", "tutr"), 1, ["no system prompt called 'tutr'", "tutor"]),
         (("--top-p", "7"), 1, ["top-p 7.0", "at most 1"]),
-        (("--temperature", "warm"), 2, ["invalid float value"]),
+        (("--temperature", "warm"), 1, ["temperature warm: expected"]),
+        (("--order", "top_k,tempratur"), 1, ["unknown sampler 'tempratur'", "temperature"]),
+        (("--grammar", "root ::= (", "--prompt", "hi"), 1, ["grammar"]),
+        (("--json-schema", "{"), 1, ["JSON"]),
+        (("--persona", "bobb"), 1, ["bobb", "bob"]),
+        (("--load", "nobody"), 1, ["nobody"]),
+        (("--prompt", " "), 1, ["the question is empty"]),
         (("--context", "0"), 2, ["--context", "from 1 to"]),
         (("--context", "16", "--prompt", "x" * 400), 1, ["tokens long, the context holds 16", "--context"]),
     ],
@@ -88,72 +91,107 @@ def test_files_that_are_no_models(cli: Cli, tmp_path: Path) -> None:
 def test_help_imports_no_engine() -> None:
     code = (
         "import sys\nfrom llmkit.cli import main\nmain.main(['chat', '--help'])\n"
-        "bad = {'numpy', 'llama_cpp', 'jinja2'} & set(sys.modules)\nassert not bad, bad"
+        "bad = {'llama_cpp', 'jinja2', 'prompt_toolkit', 'numpy'} & set(sys.modules)\nassert not bad, bad"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=cli_environment())
     assert done.returncode == 0, done.stderr
     assert "--show-probabilities" in done.stdout
 
 
+@pytest.mark.slow
+def test_what_was_said_is_kept_and_gone_on_with(cli: Cli, smollm2_gguf: Path, tmp_path: Path) -> None:
+    env = {**cli_environment(), "LLMKIT_HOME": str(tmp_path)}
+
+    def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "llmkit", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120, **options)  # type: ignore[call-overload, no-any-return]
+
+    asked = "What is the capital of France?\n/save capitals of Europe\n"
+    first = run("chat", smollm2_gguf, *GREEDY, input=asked)
+    assert "--load 'capitals of Europe'" in first.stderr, first.stderr
+    once = run("chat", smollm2_gguf, *GREEDY, "--prompt", "Nothing of this is kept.")
+    assert once.returncode == 0
+    again = run("chat", "--load", "capitals of Europe", *GREEDY, input="And of Italy?\n/context\n")
+    assert "Rome" in again.stdout and "4 messages" in again.stderr, again.stderr
+    listed = json.loads(run("chats", "--json").stdout)
+    assert [(each["name"], each["messages"]) for each in listed] == [("capitals of Europe", 4)]
+    found = run("chats", "italy").stdout
+    assert "And of Italy?" in found and "capitals of Europe" in found
+    assert run("chats", "--delete", "capitals of Europe", input="").returncode == 1
+    assert run("chats", "--delete", "capitals of Europe", "--yes").returncode == 0
+    assert "No conversation is kept yet." in run("chats").stdout
+
+
+def test_a_schema_from_a_file(cli: Cli, smollm2_gguf: Path, tmp_path: Path) -> None:
+    schema = tmp_path / "person.json"
+    schema.write_text('{"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}')
+    done = cli("chat", smollm2_gguf, *GREEDY, "--json-schema", schema, "--prompt", "Anna is 31 years old.")
+    assert isinstance(json.loads(done.stdout)["age"], int), done.stderr
+
+
+def test_another_model_in_the_same_conversation(cli: Cli, smollm2_gguf: Path, tiny_gguf: Path, tmp_path: Path) -> None:
+    lines = f"What is the capital of France?\n/model {tiny_gguf}\nHi\n/model {tmp_path / 'none.gguf'}\n"
+    done = cli("chat", smollm2_gguf, *GREEDY, "--max-tokens", 12, input=lines)
+    assert done.returncode == 1 and "no such file" in done.stderr
+    assert "2 layers" in done.stderr and done.stderr.count("seed") == 2, done.stderr
+
+
+@pytest.mark.slow
+def test_a_model_without_a_template_and_one_for_embeddings(cli: Cli, tiny_gguf: Path, tmp_path: Path) -> None:
+    plain = changed(tiny_gguf, tmp_path / "plain.gguf", without="tokenizer.chat_template")
+    done = cli("chat", plain, "--max-tokens", 4, "--prompt", "Hi")
+    assert done.returncode == 0 and "has no chat template" in done.stderr and "--persona" in done.stderr, done.stderr
+    talked = cli("chat", plain, "--persona", "bob", "--max-tokens", 4, "--prompt", "Hi")
+    assert talked.returncode == 0 and "no chat template" not in talked.stderr, talked.stderr
+    pooled = changed(tiny_gguf, tmp_path / "pooled.gguf", pooling=1)
+    refused = cli("chat", pooled, "--prompt", "Hi")
+    assert refused.returncode == 1 and "is an embedding model" in refused.stderr, refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_a_damaged_store_is_told_and_left_alone(cli: Cli, tiny_gguf: Path, tmp_path: Path) -> None:
+    (tmp_path / "chats.sqlite").write_bytes(b"no database at all" * 500)
+    env = {**cli_environment(), "LLMKIT_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "llmkit", "chat", str(tiny_gguf), "--max-tokens", "3"]
+    done = subprocess.run(command, input="Hi\n", capture_output=True, text=True, env=env, timeout=60)
+    assert done.returncode == 0 and "3 tokens" in done.stderr
+    assert done.stderr.count("will not be kept") == 1 and "chats.sqlite: is damaged" in done.stderr
+    assert (tmp_path / "chats.sqlite").read_bytes() == b"no database at all" * 500
+
+
+@pytest.fixture(scope="module")
+def tiny_gguf(tiny_checkpoint: Callable[..., Path], gguf_of: Callable[[Path, str], Path]) -> Path:
+    return gguf_of(tiny_checkpoint("llama"), "f32")
+
+
+def changed(source: Path, path: Path, *, without: str = "", pooling: int | None = None) -> Path:
+    """A copy of a GGUF without a key, or as one that makes vectors."""
+    from llmkit import gguf, gguf_writer
+    from llmkit.gguf_values import Value
+
+    file = gguf.read(source)
+    metadata = {key: value for key, value in file.metadata.items() if key != without}
+    if pooling is not None:
+        metadata[f"{file.get('general.architecture')}.pooling_type"] = Value.uint32(pooling)
+    raw = source.read_bytes()
+    tensors = [(each.name, each.shape, each.type, raw[each.offset : each.offset + each.nbytes])
+               for each in file.tensors.values()]  # fmt: skip
+    gguf_writer.write(path, metadata, tensors)
+    return path
+
+
 # ── a terminal ──
-
-
-class Terminal:
-    """`llmkit chat` on a pseudo-terminal, as a user sees it."""
-
-    def __init__(self, *arguments: object) -> None:
-        import pty
-
-        self.master, slave = pty.openpty()
-        command = [sys.executable, "-m", "llmkit", "chat", *map(str, arguments)]
-        self.process = subprocess.Popen(
-            command, stdin=slave, stdout=slave, stderr=slave, env={**cli_environment(), "TERM": "dumb"},
-            start_new_session=True, preexec_fn=_own_the_terminal,
-        )  # fmt: skip
-        os.close(slave)
-        self.seen = ""
-
-    def wait_for(self, word: str, timeout: float = 60) -> None:
-        """Read until `word` has come after what was waited for before."""
-        end = time.monotonic() + timeout
-        while word not in self.seen:
-            assert time.monotonic() < end, f"no {word!r} in {self.seen!r}"
-            if select.select([self.master], [], [], 0.1)[0]:
-                try:
-                    self.seen += os.read(self.master, 4096).decode("utf-8", "replace")
-                except OSError:  # the other side has closed
-                    assert word in self.seen, self.seen
-        self.seen = self.seen.partition(word)[2]
-
-    def type(self, text: str) -> None:
-        os.write(self.master, text.encode())
-
-    def interrupt(self, word: str) -> None:
-        """Ctrl-C until `word` comes: one between prompt and readline's wait for a key is noticed with the next key."""
-        for _ in range(10):
-            self.type("\x03")
-            try:
-                self.wait_for(word, timeout=3)
-                return
-            except AssertionError:
-                continue
-        raise AssertionError(f"no {word!r} in {self.seen!r}")
-
-
-def _own_the_terminal() -> None:
-    import fcntl
-    import termios
-
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 @pytest.fixture
 def terminal(smollm2_gguf: Path) -> Iterator[Terminal]:
-    shown = Terminal(smollm2_gguf, "--temperature", "0", "--threads", "1")
+    shown = chatting(smollm2_gguf, "--temperature", "0", "--threads", "1")
     yield shown
-    shown.process.kill()
-    shown.process.wait()
-    os.close(shown.master)
+    shown.close()
+
+
+def chatting(*arguments: object, term: str = "dumb") -> Terminal:
+    return Terminal([sys.executable, "-m", "llmkit", "chat", *arguments], term)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
@@ -162,7 +200,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(terminal: Terminal) -> None
     terminal.type("Tell me a long story about a dragon.\n")
     terminal.wait_for(" the ")
     terminal.type("\x03")
-    terminal.wait_for("stopped")
+    terminal.wait_for("Stopped; /continue goes on.")
     terminal.wait_for("> ")
     assert terminal.process.poll() is None
     terminal.type("/context\n")
@@ -175,6 +213,36 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(terminal: Terminal) -> None
     terminal.wait_for("> ")
     terminal.interrupt("\n")
     assert terminal.process.wait(20) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_a_real_terminal(smollm2_gguf: Path) -> None:
+    shown = chatting(smollm2_gguf, *GREEDY, term="xterm-256color")
+    try:
+        shown.wait_for("context ······ 0 of 4096")
+        shown.type("What is the capital of France?")
+        shown.wait_for(" free")
+        shown.type("\r")
+        shown.wait_for("Paris")
+        shown.wait_for("tokens/s")
+        shown.wait_for(" free · /help ·")
+        shown.type("/why 2\r")
+        shown.wait_for("It was the model's first choice")
+        shown.wait_for(" free · /help ·")
+        shown.type("/edit\r")  # the question is offered
+        shown.wait_for("capital of France?")
+        shown.type("\x7f" * len("France?") + "Italy?\r")
+        shown.wait_for("tokens/s")
+        shown.wait_for(" free · /help ·")
+        shown.type("/tree\r")
+        shown.wait_for("└─ ▸2 you: What is the capital of Italy?")
+        shown.wait_for(" free · /help ·")
+        shown.type("/exit\r")
+        shown.wait_for("--load")
+        assert shown.process.wait(20) == 0
+    finally:
+        shown.close()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
@@ -204,61 +272,7 @@ def test_ctrl_c_during_a_single_answer_is_130(smollm2_gguf: Path) -> None:
     assert "The answer ends here; " in err.decode() and "Traceback" not in err.decode()
 
 
-# ── the loop ──
-
-
-def talk(lines: list[str], answers: list[str]) -> cli_chat.Conversation:
-    conversation = cli_chat.Conversation(Chat(Scripted(answers), sampling=Sampling(temperature=0), context=500))
-    conversation.hold(lines)
-    return conversation
-
-
-def test_commands_change_the_conversation(capsys: pytest.CaptureFixture[str]) -> None:
-    conversation = talk(["Hi", "/system You are kind.", "/set min_p 0.2", "/set seed 7", "/probabilities"], ["Yes."])
-    assert conversation.chat.system == "You are kind."
-    assert conversation.chat.sampling == Sampling(temperature=0, min_p=0.2, seed=7)
-    assert conversation.show_probabilities
-    assert capsys.readouterr().out.startswith("Yes.\n")
-    conversation.hold(["/system tutor", "/clear", "/set seed off", "/help"])
-    assert conversation.chat.messages == [] and conversation.chat.sampling.seed is None
-    assert conversation.chat.system and "\n" not in conversation.chat.system[:5]
-    shown = capsys.readouterr().err  # stdout is no terminal here
-    assert all(command in shown for command in cli_chat.COMMANDS)
-    conversation.hold(["/system off"])
-    assert conversation.chat.system is None
-
-
-@pytest.mark.parametrize(
-    ("line", "kind", "words"),
-    [
-        ("/helf", Unsupported, "/help"),
-        ("/set tempratur 1", Unsupported, "temperature"),
-        ("/set top-k many", Unsupported, "expected a number"),
-        ("/set top-p 3", Unsupported, "at most 1"),
-        ("/system nobody", ModelNotFound, "nobody"),
-    ],
-)
-def test_mistakes_in_commands_change_nothing(line: str, kind: type[LlmkitError], words: str) -> None:
-    conversation = talk([], [])
-    before = conversation.chat.sampling
-    with pytest.raises(kind) as caught:
-        conversation.hold([line])
-    assert words in f"{caught.value.message} {caught.value.hint}"
-    assert conversation.chat.sampling == before
-
-
-def test_settings_are_those_of_sampling() -> None:
-    fields = {field.replace("-", "_") for field in cli_chat.SAMPLING}
-    assert fields | {"repeat_last_n"} == set(Sampling.__dataclass_fields__)
-
-
-def test_control_characters_do_not_reach_the_terminal(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("NO_COLOR", "1")
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    talk(["Hi"], ["\x1b[31mred\tend"])
-    assert capsys.readouterr().out == "\\x1b[31mred\tend\n"
+# ── bad input ──
 
 
 def test_a_context_beyond_the_engine_s_integers(cli: Cli, smollm2_gguf: Path) -> None:
@@ -286,21 +300,6 @@ def test_a_refused_question_is_not_called_stopped(cli: Cli, smollm2_gguf: Path) 
     done = cli("chat", smollm2_gguf, "--context", 8, "--prompt", "What is the capital of France?")
     assert (done.returncode, done.stdout) == (1, "")
     assert "the context holds" in done.stderr and "Stopped" not in done.stderr
-
-
-def test_ctrl_c_before_the_answer_keeps_no_question(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    chat = Chat(Scripted(["Yes."]), context=100)
-
-    def interrupted(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(chat._session, "eval", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        cli_chat.answer(chat, "Hi")
-    assert "Stopped before the answer; the question is not kept." in capsys.readouterr().err
-    assert chat.messages == []
 
 
 def test_the_prompt_does_not_go_into_a_file(smollm2_gguf: Path) -> None:

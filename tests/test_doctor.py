@@ -16,6 +16,7 @@ from conftest import Cli
 from llmkit import engine
 from llmkit.cli import doctor
 from llmkit.engine import Device, Verdict, symbols
+from llmkit.memory.devices import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
@@ -63,7 +64,8 @@ def test_a_missing_package_is_bad_and_the_exit_code_says_so(
 
 
 def test_memory_is_what_the_system_says() -> None:
-    total, free = doctor.memory_bytes()
+    ram = machine.ram()
+    total, free = ram.total, ram.available
     assert 0 < total <= psutil.virtual_memory().total
     assert free is not None and 0 <= free <= total
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import fetching
-from fetching import NBYTES, REPO, WEIGHTS, Client, Outcome, assert_holds, checkpoint, unfinished
+from fetching import FILES, NBYTES, REPO, WEIGHTS, Client, Outcome, assert_holds, checkpoint, whole
 from llmkit import hub, model
 from llmkit.errors import (
     InvalidModel,
@@ -32,8 +32,6 @@ from standin_faults import (
     XetHeaders,
 )
 
-FILES = checkpoint()
-
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Client]:
@@ -41,17 +39,6 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Client]:
     with fetching.in_process(monkeypatch, tmp_path / "root", tmp_path / "cache") as found:
         found.hub.add_synthetic(REPO, FILES)
         yield found
-
-
-def whole(here: Client, text: str = REPO) -> Outcome:
-    """Fetch; everything is right at the end, and what the server sent is told truly."""
-    outcome = here.fetch(text)
-    assert outcome.path is not None
-    assert_holds(outcome.path, FILES)
-    assert unfinished(here.cache.root) == []
-    last = outcome.progress[-1]
-    assert last.done == last.total == sum(map(len, FILES.values()))
-    return outcome
 
 
 # ── all is well ──

@@ -11,33 +11,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
-from conftest import Cli, TinyCheckpoint, cli_environment
+from conftest import Cli, TinyCheckpoint, cli_environment, in_session
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 QUANTS = ("IQ4_XS",)  # a slow kernel: seconds of work from a small model
 PATIENCE = 60.0
 
 
-@contextmanager
-def running(*arguments: object) -> Iterator[subprocess.Popen[str]]:
-    """A command line in a session of its own, as a terminal has it: signals to the group reach its children too."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "llmkit", *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", errors="replace", env=cli_environment(),
-        start_new_session=True,
-    )  # fmt: skip
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+def running(*arguments: object) -> AbstractContextManager[subprocess.Popen[str]]:
+    """A command line that can be hit."""
+    return in_session(sys.executable, "-m", "llmkit", *map(str, arguments), env=cli_environment())
 
 
 def hit(process: subprocess.Popen[str], number: signal.Signals) -> tuple[int, str]:

@@ -223,7 +223,7 @@ def read_safetensors(path: Path) -> Iterator[StoredTensor]:
         raise LlmkitError(f"{path}: cannot be read: {error.strerror}") from error
     rows = _parse_object(header, f"{path} (header)")
     metadata = rows.pop("__metadata__", {})
-    if not isinstance(metadata, dict):
+    if not isinstance(metadata, (dict, type(None))):  # MLX writes null
         raise InvalidModel(f"{path}: __metadata__ is not an object")
     tensors = [_tensor(path, name, row, 8 + length) for name, row in rows.items()]
     _check_extents(path, tensors, 8 + length, size)

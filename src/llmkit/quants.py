@@ -140,6 +140,7 @@ _QUANTS = (
     Quant("COPY", 1024, None, "every tensor as it is"),
 )
 QUANTS = {row.name: row for row in _QUANTS}
+QUANTS_BY_FTYPE = {row.ftype: row for row in _QUANTS}
 
 
 def quant(name: str) -> Quant:

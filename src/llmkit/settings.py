@@ -16,6 +16,18 @@ def home() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmkit"
 
 
+def data() -> Path:
+    """Folder for what the user wrote, which is no cache (LLMKIT_HOME, else the user's data folder)."""
+    if chosen := os.environ.get("LLMKIT_HOME"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "llmkit"
+
+
+def chats() -> Path:
+    """The file that conversations are kept in."""
+    return data() / "chats.sqlite"
+
+
 def hub_address() -> str | None:
     """The Hub's address (HF_ENDPOINT, as huggingface_hub reads it), or None when it is not to be used."""
     for switch in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):

@@ -11,11 +11,13 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from . import settings
 from .errors import AccessDenied, LlmkitError, NotEnoughRoom
 
 # what verbs that write to --out can do about a folder; others have words of their own
 ANOTHER_FOLDER = "Choose another folder with --out."
 MORE_ROOM = "Free some room, choose another folder with --out, or a smaller quant."
+_LAST_MODEL = "last-model"
 
 
 def partial_path(path: Path) -> Path:
@@ -98,3 +100,21 @@ def require_rooms(needs: Iterable[tuple[Path, int]], hint: str = MORE_ROOM) -> N
         disks[device] = (first, together + nbytes)
     for folder, nbytes in disks.values():
         require_room(folder, nbytes, hint)
+
+
+def remember_model(path: Path) -> None:
+    """Keep `path` as the model that was used last. Where nothing can be kept, nothing is: it is a comfort."""
+    with contextlib.suppress(OSError, ValueError):
+        settings.home().mkdir(parents=True, exist_ok=True)
+        with whole(settings.home() / _LAST_MODEL) as partial:
+            partial.write_text(str(path.absolute()), encoding="utf-8", errors="surrogateescape")
+
+
+def last_model() -> Path | None:
+    """The model that was used last, if it is still there."""
+    try:
+        text = (settings.home() / _LAST_MODEL).read_text(encoding="utf-8", errors="surrogateescape")
+        path = Path(text)
+        return path if text and path.exists() else None
+    except (OSError, ValueError):  # none yet, or a file that holds no path
+        return None

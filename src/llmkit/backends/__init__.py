@@ -29,7 +29,11 @@ Pooling = Literal["mean", "last", "cls"]
 TokenKind = Literal["normal", "control", "user", "byte", "unknown", "unused"]
 
 # key → module with a `load(path, *, n_threads, gpu_layers, on_progress) -> Backend`
-BACKENDS = {"llamacpp": "llmkit.backends.llamacpp"}
+BACKENDS = {
+    "llamacpp": "llmkit.backends.llamacpp",
+    "mlx": "llmkit.backends.mlx",
+    "transformers": "llmkit.backends.transformers",
+}
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class ModelInfo:
     n_head: int = 0
     pooling: Pooling | None = None  # of embedding models: how they make one vector of a text
     generates: bool = True  # False for encoders, which cannot continue a text
+    files: tuple[Path, ...] = ()  # that its weights are read from
     engine: str = ""  # what computes, with its version and build: "llama.cpp 0.3.36 (3f2a…)"
 
 
@@ -131,7 +136,7 @@ class Session(Protocol):
 class Grammar(Protocol):
     """A grammar on its way through a text: which tokens may come next. Holds memory until closed."""
 
-    def allows(self, tokens: Sequence[int]) -> NDArray[np.bool_]:
+    def allows(self, tokens: Sequence[int] | NDArray[np.int64]) -> NDArray[np.bool_]:
         """For each of `tokens` whether it may come next."""
         ...
 

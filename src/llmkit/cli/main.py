@@ -27,9 +27,14 @@ VERBS = {
     "convert": "Write a checkpoint as a GGUF, weights as they are or in F16, F32 or Q8_0.",
     "quantize": "Write a checkpoint or a GGUF in one or several quants, in one pass.",
     "chat": "Talk with a model in the terminal.",
+    "chats": "List the conversations that were kept, search them, delete one.",
+    "serve": "Serve models over HTTP: OpenAI's routes, tokens, and what happens inside.",
     "estimate": "Tell what a model takes in memory, to the byte, before it is made or fetched.",
     "devices": "Show devices: memory, bandwidth, TOPS and what they mean; compare them for a model.",
     "inspect": "Show what a GGUF file holds: metadata, tokenizer, tensors by type.",
+    "compare": "Compare two quants of a model on a prompt: KL by token, where they part, which layers drift.",
+    "replay": "Have an answer again from its receipt, token by token, or see where and why it differs.",
+    "explain": "Explain a term in three plain sentences, with a number from your own model.",
     "upload": "Send GGUF files to a repository of the Hub, with a model card that is measured on them.",
     "doctor": "Check the engine, this machine and the Python packages.",
     "demo": "See the whole of llmkit at work on a small model.",
@@ -97,7 +102,8 @@ def _frame() -> argparse.ArgumentParser:
 
 
 def _listed(names: Mapping[str, str]) -> str:
-    return "\n".join(f"  {name:<10} {line}" for name, line in names.items())
+    width = max(10, *map(len, names))
+    return "\n".join(f"  {name:<{width}} {line}" for name, line in names.items())
 
 
 def _verb_parser(verb: str, module: ModuleType) -> argparse.ArgumentParser:

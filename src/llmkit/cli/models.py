@@ -1,10 +1,11 @@
 """What MODEL means on the command line: here already, or planned, shown and fetched; made, where a quant was named.
 
-Every verb asks here, so that each takes the same names.
+Every verb asks here, so that each takes the same names; and each that runs a model opens it here.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -12,14 +13,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import LlmkitError, ModelNotFound
+from ..errors import LlmkitError, Unsupported
 from . import output
 
 if TYPE_CHECKING:
+    from ..backends import Backend
     from ..hub import DownloadPlan, FileDone, Shadow
     from ..quantize import Plan, Result
 
 MODEL_HELP = "org/name[@revision][:QUANT] of the Hub, a folder, or a .gguf file"
+RUN_HELP = "a .gguf file, org/name:QUANT of the Hub, or a folder of MLX"
+MOST_LAYERS = 2**31 - 1
+MOST_THREADS = 512  # the engine's own limit (ggml/include/ggml.h: GGML_MAX_N_THREADS)
 
 
 @dataclass(frozen=True)
@@ -162,22 +167,132 @@ def telling(shadow: Shadow, bar: output.ProgressBar) -> Shadow:
 _HOW = {"fetched": "fetched, verified", "resumed": "gone on with, verified", "linked": "linked from the cache"}
 
 
-def runnable(text: str) -> Path:
-    """A GGUF to run for what the user typed; where a checkpoint and a quant were named, it is made, once.
+# ── a model that runs ──
 
-    Raises LlmkitError when only a checkpoint was named: which quant is for the user to say.
+
+def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
+    """--backend, --gpu-layers and --threads, which `opened` reads."""
+    from ..backends import choice
+
+    def threads(text: str) -> int:
+        return _whole(text, 1, MOST_THREADS)
+
+    def layers(text: str) -> int | str:
+        return text if text == "auto" else _whole(text, 0, MOST_LAYERS)
+
+    parser.add_argument(
+        "--backend",
+        choices=choice.NAMES,
+        default=choice.AUTO,
+        help="what computes (default: MLX for its folders, else llama.cpp)",
+    )
+    parser.add_argument(
+        "--gpu-layers", type=layers, metavar="N|auto", help="layers on the GPU (default auto: as many as fit)"
+    )
+    parser.add_argument("--threads", type=threads, metavar="N", help="CPU threads (default: all)")
+
+
+def _whole(text: str, least: int, most: int) -> int:
+    if not (text.isascii() and text.isdigit() and least <= int(text[:20]) <= most):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least} to {most}")
+    return int(text)
+
+
+@contextmanager
+def opened(args: argparse.Namespace, text: str | None = None) -> Iterator[Backend]:
+    """The model `text` (default: args.model), found or fetched or made, loaded with a bar, closed at the end.
+
+    Reads args.backend, gpu_layers, threads and context, those there are. Raises as `runnable` and `backends.load`.
+    """
+    from .. import backends, store
+    from ..backends import choice
+
+    wanted = getattr(args, "backend", choice.AUTO)
+    path = runnable(args.model if text is None else text, wanted)
+    chosen = choice.choose(path, wanted)
+    layers = getattr(args, "gpu_layers", None)
+    if chosen == choice.LLAMACPP:
+        layers = gpu_layers(layers, path, getattr(args, "context", None))
+    elif layers not in (None, "auto"):
+        raise Unsupported(f"--gpu-layers is about llama.cpp, and {path} is run by {chosen}")
+    if chosen == choice.TRANSFORMERS:
+        _require_memory(path)
+    with output.ProgressBar() as bar:
+        backend = backends.load(
+            path,
+            backend=chosen,
+            n_threads=getattr(args, "threads", None),
+            gpu_layers=layers if isinstance(layers, int) else None,
+            on_progress=bar,
+        )
+    try:
+        store.remember_model(path)
+        yield backend
+    finally:
+        backend.close()
+
+
+def _require_memory(folder: Path) -> None:
+    """Raise NotEnoughRoom unless a checkpoint fits into memory in 32 bits: the system would end the process."""
+    from math import prod
+
+    from .. import checkpoint
+    from ..errors import NotEnoughRoom
+    from ..memory.devices import machine
+
+    needed = sum(4 * prod(tensor.shape) for tensor in checkpoint.read(folder).tensors.values())
+    available = machine.ram().available
+    if available is not None and needed > available:
+        what = f"{folder}: takes {output.size(needed)} as the backend transformers runs it (float32)"
+        hint = f"A quant takes less: llmkit quantize {output.shell_word(folder)} Q4_K_M"
+        raise NotEnoughRoom(f"{what}, {output.size(available)} are free", hint)
+
+
+def gpu_layers(wanted: int | str | None, path: Path, context: int | None = None) -> int | None:
+    """The layers of the GGUF `path` for GPUs: a number as it is; "auto" or None by the estimator, told on stderr.
+
+    0 where the engine's build knows no GPU (told only where "auto" was asked for); None, all layers, where the
+    estimator fails.
+    """
+    import sys
+
+    from .. import engine
+
+    if isinstance(wanted, int):
+        return wanted
+    if not engine.load().gpu_offload():
+        if wanted is not None:
+            output.note("--gpu-layers auto: 0, this build of the engine is for the CPU alone")
+        return 0
+    from ..memory import offload
+    from ..memory.devices import machine
+
+    try:
+        gpus = [(each.description or each.name, each.free) for each in machine.gpus()]
+        found = offload.of_gpus(path, gpus, context=context, metal=sys.platform == "darwin")
+    except LlmkitError as error:
+        output.note(f"--gpu-layers auto: all, as the estimator fails: {error.message.splitlines()[0]}")
+        return None
+    output.note(f"--gpu-layers auto: {found.words}")
+    return found.gpu_layers
+
+
+def runnable(text: str, backend: str = "auto") -> Path:
+    """What to run for what the user typed: a GGUF, made once where a checkpoint and a quant were named; or a folder.
+
+    A folder only where it is MLX's or `backend` runs checkpoints. Raises LlmkitError when only a checkpoint was named:
+    which quant is for the user to say.
     """
     from .. import hub, model
+    from ..backends import choice
     from ..hub import inventory
 
     ref = model.parse(text)
     if ref.path is not None:
-        if not ref.path.is_dir():
-            return ref.path
-        files = sorted(ref.path.glob("*.gguf"))
-        word = output.shell_word
-        what = f"Give a file: {files[0]}" if files else f"Make one first: llmkit quantize {word(ref.path)} Q4_K_M"
-        raise ModelNotFound(f"{ref.path}: is a folder, a GGUF file is needed", what)
+        choice.choose(ref.path, backend)
+        return ref.path
+    if ref.quant and backend == choice.TRANSFORMERS:
+        raise Unsupported(f"{ref}: names a quant, and the backend transformers runs checkpoints", f"Name {ref.repo}.")
     folder = inventory.made_folder(ref)
     made = folder / f"{ref.name}-{ref.quant}.gguf"
     if ref.quant and made.is_file():
@@ -190,9 +305,27 @@ def runnable(text: str) -> Path:
         tell_plan(planned)
         return fetch(planned)
     if ref.quant is None:
-        raise LlmkitError(f"{ref}: is a checkpoint, and no quant was named", f"For instance {ref}:Q4_K_M")
+        if not (choice.runs_folders(backend) or _is_mlx(found, planned)):
+            hint = f"For instance {ref}:Q4_K_M; or run the checkpoint as it is, by PyTorch: --backend transformers"
+            raise LlmkitError(f"{ref}: is a checkpoint, and no quant was named", hint)
+        if planned:
+            tell_plan(planned)
+            return fetch(planned)
+        return found or folder
     _make_once(ref.quant, made, _cast(planned) if planned else nullcontext(Source(found or folder)))
     return made
+
+
+def _is_mlx(found: Path | None, planned: DownloadPlan | None) -> bool:
+    """Whether a checkpoint of the Hub is in MLX's format; of one that is not here config.json is read."""
+    from ..backends import choice
+    from ..hub.download import remote_file
+    from ..hub.wire import read_range
+
+    if found or not planned:
+        return found is not None and choice.is_mlx_folder(found)
+    file = next((each.file for each in planned.files if each.file.path == "config.json"), None)
+    return file is not None and choice.is_mlx(read_range(remote_file(planned.repository, file), 0, file.nbytes))
 
 
 def _make_once(label: str, path: Path, opened: AbstractContextManager[Source]) -> None:

@@ -47,6 +47,12 @@ def note(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+def status(text: str) -> None:
+    """On a terminal, a line on stderr that the next one replaces, unless quiet; an empty one takes it away."""
+    if not _quiet and sys.stderr.isatty():
+        print(f"{_CLEAR_LINE}{text}", end="", file=sys.stderr, flush=True)
+
+
 def error(message: str, hint: str | None = None) -> None:
     """Show an error and what to do about it on stderr."""
     print(paint("llmkit: error:", colour=160, stream=sys.stderr), printable(message), file=sys.stderr)
@@ -80,13 +86,23 @@ def confirm(question: str) -> bool:
 # ── data ──
 
 
-def table(headers: Sequence[str], rows: Iterable[Sequence[object]], align: str = "") -> None:
-    """Print aligned columns to stdout; `align` holds `l` or `r` for each column, `l` where it says nothing."""
+def table(
+    headers: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    align: str = "",
+    colours: Sequence[Sequence[int | None]] = (),
+) -> None:
+    """Print aligned columns to stdout; `align` holds `l` or `r` for each column, `l` where it says nothing.
+
+    `colours`: of each row's cells, as `paint` takes them; the words must do without.
+    """
     lines = [tuple(headers), *(tuple(one_line(str(cell)) for cell in row) for row in rows)]
-    widths = [max(map(_columns, column)) for column in zip(*lines, strict=True)]
+    widths = [max(map(columns, column)) for column in zip(*lines, strict=True)]
     sides = align.ljust(len(widths), "l")[: len(widths)]
-    for line in lines:
-        cells = (_pad(cell, width, side) for cell, width, side in zip(line, widths, sides, strict=True))
+    for index, line in enumerate(lines):
+        cells = [_pad(cell, width, side) for cell, width, side in zip(line, widths, sides, strict=True)]
+        if 1 <= index <= len(colours):
+            cells = [paint(cell, colour=colour) for cell, colour in zip(cells, colours[index - 1], strict=True)]
         emit("  ".join(cells).rstrip())
 
 
@@ -273,7 +289,7 @@ def progress_line(progress: Progress, elapsed: float, first: int = 0) -> str:
 # ── columns ──
 
 
-def _columns(text: str) -> int:
+def columns(text: str) -> int:
     """Terminal columns that `text` takes: East Asian wide characters two, combining marks none."""
     if text.isascii():
         return len(text)
@@ -283,5 +299,5 @@ def _columns(text: str) -> int:
 
 
 def _pad(text: str, width: int, side: str) -> str:
-    room = " " * (width - _columns(text))
+    room = " " * (width - columns(text))
     return room + text if side == "r" else text + room

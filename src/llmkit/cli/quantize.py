@@ -2,13 +2,15 @@
 
 The weights are read once for all quants; nothing is written in between. Which tensor gets which type is the
 engine's own choice; --tensor-type, --output-type and --embedding-type make exceptions. A model of the Hub is fetched
-first; with --low-disk its shards are fetched, converted and released one after another.
+first; with --low-disk its shards are fetched, converted and released one after another. With --mlx a folder for Apple's
+MLX is written instead: --bits, --group and --mode say how.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +19,7 @@ from . import models, output
 
 if TYPE_CHECKING:
     from ..quantize import Plan, Result
+    from ..quantize.mlx import MlxPlan
     from .models import Source
 
 EXAMPLES = (
@@ -24,6 +27,7 @@ EXAMPLES = (
     "llmkit quantize HuggingFaceTB/SmolLM2-135M-Instruct Q4_K_M --dry-run",
     "llmkit quantize model-BF16.gguf Q4_K_M --out quants --dry-run",
     "llmkit quantize ./model IQ4_XS --imatrix imatrix.gguf --tensor-type 'ffn_down=Q6_K'",
+    "llmkit quantize ./SmolLM2-135M-Instruct --mlx --bits 4 --group 64",
 )
 KEPT = "What is done is kept in the .partial files: run the same command again to go on."
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
@@ -77,27 +81,141 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--low-disk", action="store_true", help="never keep more than one shard of the checkpoint on the disk"
     )
     parser.add_argument("--threads", type=count_argument, metavar="N", help="worker threads (default: all CPUs)")
+    _add_mlx_arguments(parser)
     parser.add_argument("--force", action="store_true", help="replace existing files")
     parser.add_argument("--dry-run", action="store_true", help="show types, sizes and room on disk; write nothing")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
+def _add_mlx_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--mlx", action="store_true", help="write a folder for MLX instead of GGUF files")
+    parser.add_argument("--bits", type=count_argument, metavar="N", help="with --mlx: 2, 3, 4 (default), 5, 6 or 8")
+    parser.add_argument("--group", type=count_argument, metavar="N", help="with --mlx: 32, 64 (default) or 128 weights")
+    parser.add_argument("--mode", metavar="MODE", help="with --mlx: affine (default), mxfp4, nvfp4 or mxfp8")
+    parser.add_argument(
+        "--embedding-bits",
+        type=count_argument,
+        metavar="N",
+        help="with --mlx: bits of the embedding (default: as --bits, but at least 6 where it is the output too)",
+    )
+
+
 def run(args: argparse.Namespace) -> int:
     """Quantize, or show the plan."""
+    if args.mlx:
+        return _run_mlx(args)
+    _refuse(args, ("bits", "group", "mode", "embedding_bits"), "needs --mlx")
     args.quants = args.quants or _named_quant(args.model)
+    if planned := carry_out(args, lambda path: _plan(args, path)):
+        output.next_command(f"llmkit chat {output.shell_word(planned.outputs[-1].path)}")
+    return 0
+
+
+def carry_out(args: argparse.Namespace, plan: Callable[[Path], Plan]) -> Plan | None:
+    """Plan from what MODEL is, make the outputs and show them; with --dry-run show the plan, and return None."""
     with models.source(args.model, low_disk=args.low_disk and not args.dry_run) as source:
-        planned = _plan(args, source.path)
+        planned = plan(source.path)
         for remark in planned.draft.notes:
             output.note(f"note: {remark}")
         if args.dry_run:
             show_plan(planned, as_json=args.json, source=source, low_disk=args.low_disk)
-            return 0
+            return None
         if args.requantize and any(tensor.type.quantized for tensor in planned.draft.tensors):
             output.note("note: the source is quantized already; what it has lost stays lost, and some more is lost now")
-        results = bring_and_make(planned, args, source, again=lambda path: _plan(args, path))
+        results = bring_and_make(planned, args, source, again=plan)
     show_results(planned, results, as_json=args.json)
-    output.next_command(f"llmkit chat {output.shell_word(planned.outputs[-1].path)}")
+    return planned
+
+
+def _refuse(args: argparse.Namespace, names: tuple[str, ...], why: str) -> None:
+    """Raise LlmkitError when one of these options was given."""
+    from ..errors import LlmkitError
+
+    for name in names:
+        if getattr(args, name) not in (None, False, []):
+            raise LlmkitError(f"--{name.replace('_', '-')} {why}")
+
+
+_NOT_FOR_MLX = (
+    "imatrix", "tensor_type", "output_type", "embedding_type", "pure", "requantize", "pre", "split_size", "low_disk",
+)  # fmt: skip
+
+
+def _run_mlx(args: argparse.Namespace) -> int:
+    """Write a folder for MLX, or show what would be written."""
+    from .. import store
+    from ..errors import LlmkitError
+    from ..quantize import mlx, mlx_writing
+
+    if args.quants:
+        raise LlmkitError(f"'{args.quants[0]}' is a quant of GGUF files; with --mlx say --bits, --group, --mode")
+    _refuse(args, _NOT_FOR_MLX, "means nothing with --mlx")
+
+    def plan(path: Path) -> mlx.MlxPlan:
+        wishes = {"bits": args.bits, "group": args.group, "embedding_bits": args.embedding_bits}
+        return mlx.plan(path, args.out, mode=args.mode or "affine", **wishes)
+
+    with models.source(args.model) as source:
+        planned = plan(source.path)
+        for remark in planned.notes:
+            output.note(f"note: {remark}")
+        if args.dry_run:
+            show_mlx_plan(planned, free_nbytes=store.free_nbytes(planned.path.parent), as_json=args.json)
+            return 0
+        mlx_writing.check_output(planned, force=args.force)
+        if source.download:
+            models.tell_plan(source.download)
+            output.note(f"write  {output.size(planned.nbytes)} to {planned.path}")
+            fetched = (source.download.cache.root, source.download.fetch_nbytes)
+            store.require_rooms([fetched, (planned.path.parent, planned.nbytes)])
+            planned = plan(models.fetch(source.download))
+        with output.ProgressBar() as bar:
+            result = mlx_writing.run(planned, force=args.force, on_progress=bar)
+    _tell_skipped(planned)
+    if args.json:
+        output.emit_json(mlx.describe(planned, result))
+    else:
+        row = (str(result.path), output.size(result.file_nbytes), f"{result.bits_per_weight:.2f} (measured)")
+        output.table(("folder", "weights", "bits/weight"), [row], "lrr")
+        output.note(f"1 folder in {output.duration(result.seconds)}")
+    output.next_command(f"llmkit chat {output.shell_word(result.path)} --backend mlx")
     return 0
+
+
+def show_mlx_plan(planned: MlxPlan, *, free_nbytes: int, as_json: bool) -> None:
+    """How each tensor would be stored, the size, the bits per weight, what is skipped."""
+    from ..quantize import mlx
+
+    if as_json:
+        output.emit_json({**mlx.describe(planned), "free_nbytes": free_nbytes})
+        return
+    rows = []
+    for tensor in planned.tensors:
+        packing = tensor.packing
+        stored = f"{packing.mode} {packing.bits}-bit, groups of {packing.group}" if packing else tensor.source.dtype
+        shape = " x ".join(map(str, tensor.source.shape))
+        rows.append((tensor.name, shape, tensor.source.dtype, stored, output.size(tensor.nbytes)))
+    output.table(("tensor", "shape", "source", "stored as", "size"), rows, "llllr")
+    output.emit()
+    row = (str(planned.path), output.size(planned.nbytes), f"{float(planned.bits_per_weight):.2f} (derived)")
+    output.table(("folder", "weights", "bits/weight"), [row], "lrr")
+    _tell_skipped(planned)
+    fits = "enough" if free_nbytes >= planned.nbytes else "NOT enough"
+    output.note(
+        f"{output.size(planned.nbytes)} to write, {output.size(free_nbytes)} free: {fits}. Nothing was written."
+    )
+
+
+def _tell_skipped(planned: MlxPlan) -> None:
+    """Matrices that stay as they are, by name, and what to do about it."""
+    if not planned.skipped:
+        return
+    same = Counter((re.sub(r"\.\d+\.", ".*.", tensor.name), tensor.why) for tensor in planned.skipped)
+    output.note(f"{len(planned.skipped)} matrices are not quantized:")
+    for (name, why), count in same.items():
+        output.note(f"  {name}: {why}" + (f" ({count} of them)" if count > 1 else ""))
+    if group := planned.dividing_group:
+        output.note(f"--group {group} divides them all.")
 
 
 def _named_quant(typed: str) -> list[str]:

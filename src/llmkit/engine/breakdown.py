@@ -70,16 +70,21 @@ def _of_context(loaded: Engine, model: Any, wanted: Mapping[str, Any]) -> dict[s
     if not context:
         return {"error": _refusal(lines)}
     try:
-        found = _parsed(lines)
-        exact = _exact(llama, loaded, context)
-        return {
-            "n_ctx": llama.llama_n_ctx(context),
-            "buffers": found["buffers"] if exact is None else exact,
-            "exact": exact is not None,
-            **{key: found[key] for key in ("kv", "recurrent", "output")},
-        }
+        return _described(loaded, context, lines)
     finally:
         llama.llama_free(context)
+
+
+def _described(loaded: Engine, context: Any, lines: Sequence[str]) -> dict[str, Any]:
+    """What `layouts` tells of a context, from the engine's table and the log of its making."""
+    found = _parsed(lines)
+    exact = _exact(loaded.llama, loaded, context)
+    return {
+        "n_ctx": loaded.llama.llama_n_ctx(context),
+        "buffers": found["buffers"] if exact is None else exact,
+        "exact": exact is not None,
+        **{key: found[key] for key in ("kv", "recurrent", "output")},
+    }
 
 
 @contextmanager
@@ -176,15 +181,10 @@ def reality(
         steps.append(resident())
         evaluated = _fill(loaded, context, made, rows=rows, deadline=time.monotonic() + seconds)
         steps.append(resident())
-    found = _parsed(lines)
-    exact = _exact(llama, loaded, context)
     return {
-        "n_ctx": llama.llama_n_ctx(context),
-        "buffers": found["buffers"] if exact is None else exact,
-        "exact": exact is not None,
+        **_described(loaded, context, lines),
         "weights": llama.llama_model_size(model),
         "n_params": llama.llama_model_n_params(model),
-        **{key: found[key] for key in ("kv", "recurrent", "output")},
         "evaluated": evaluated,
         "resident": [step - before for step in steps],
     }

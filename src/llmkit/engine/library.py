@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,6 +157,7 @@ class Log:
 
     def __init__(self) -> None:
         self.recent: deque[str] = deque(maxlen=_KEPT_LINES)
+        self.count = 0  # of all lines there ever were
         self.listeners: list[list[str]] = []
         self.echo = _echo  # a file descriptor: a child process shows its last words there
         self._pending = ""
@@ -180,9 +181,16 @@ class Log:
             lines, self._pending = [self._pending], ""
             self._keep(lines)
 
+    def since(self, count: int) -> list[str]:
+        """The lines after the first `count`, of those that are kept."""
+        self.flush()
+        new = self.count - count
+        return list(self.recent)[-new:] if new > 0 else []
+
     def _keep(self, lines: list[str]) -> None:
         lines = [line.rstrip() for line in lines if line.strip()]
         self.recent.extend(lines)
+        self.count += len(lines)
         for listener in self.listeners:
             listener.extend(lines)
 
@@ -222,6 +230,15 @@ def load() -> Engine:
         if not _loaded:
             _loaded.append(_load())
         return _loaded[0]
+
+
+def schema_converter() -> Callable[[str], str]:
+    """llama-cpp-python's function from a JSON schema to a grammar. Raises MissingDependency."""
+    load()
+    from llama_cpp.llama_grammar import json_schema_to_gbnf
+
+    convert: Callable[[str], str] = json_schema_to_gbnf
+    return convert
 
 
 def _load() -> Engine:

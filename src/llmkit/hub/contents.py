@@ -16,11 +16,9 @@ from .. import checkpoint, gguf
 from ..errors import LlmkitError
 from ..gguf import SPLIT_NAME
 from ..model import quant_label
-from ..quants import QUANTS
+from ..quants import QUANTS_BY_FTYPE
 from .choice import INDEX
 from .search import formats_of
-
-_QUANTS_BY_FTYPE = {row.ftype: row.name for row in QUANTS.values() if row.default}
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,8 @@ def _gguf(folder: Path, parts: tuple[str, ...], faults: list[str]) -> tuple[str 
     except LlmkitError as error:
         faults.append(error.message.removeprefix(f"{folder}{os.sep}"))
         return quant_label(parts[0]), None
-    label = _QUANTS_BY_FTYPE.get(file.get("general.file_type")) or quant_label(parts[0])
+    stated = QUANTS_BY_FTYPE.get(file.get("general.file_type"))
+    label = stated.name if stated and stated.default else quant_label(parts[0])
     if file.get("general.type", "model") != "model":  # an adapter, an importance matrix, a projector of images
         return label, None
     return label, sum(prod(info.shape) for info in file.tensors.values())

@@ -68,6 +68,22 @@ class Shadow:
         _hole(blob).unlink()
         self.on_file(FileDone(file.path, file.nbytes, "resumed" if fetched.start else "fetched", fetched.nbytes))
 
+    def fill(self, path: Path, start: int, stop: int) -> int:
+        """Make these bytes of the weights at `path` real, and no others; returns how many came over the wire.
+
+        For a look at one tensor: what has not come whole cannot be verified, so such a file stays a hole by its mark.
+        """
+        file = self._file(path)
+        blob = self.cache.blob(self.plan.repository.name, file)
+        if not _hole(blob).exists():
+            return 0
+        watch = Watch(on_remark=lambda remark: self.on_remark(f"{file.path}: {remark}"))
+        came = read_range(remote_file(self.plan.repository, file), start, stop, watch)
+        with open(blob, "r+b") as stream:
+            stream.seek(start)
+            stream.write(came)
+        return len(came)
+
     def release(self, path: Path) -> None:
         """Let go of the weights at `path`; those that belong to the user's own cache stay."""
         file = self._file(path)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..gguf import Array, GgufFile, TensorInfo, Value, ValueType
-from ..quants import QUANTS
+from ..quants import QUANTS_BY_FTYPE
 from ..roles import role_of
 
 _HEAD = 3  # items shown of an array
@@ -224,8 +224,8 @@ def _metadata_row(key: str, value: Value) -> MetadataRow:
 
 
 def _quant(file: GgufFile) -> str | None:
-    ftype = _get(file, "general.file_type", int)
-    return next((row.name for row in QUANTS.values() if row.ftype == ftype), None)
+    found = QUANTS_BY_FTYPE.get(_get(file, "general.file_type", int))
+    return found.name if found else None
 
 
 def _shape(file: GgufFile, architecture: str) -> dict[str, Any]:

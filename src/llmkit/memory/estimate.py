@@ -22,7 +22,7 @@ from ..quantize import Recipe
 from ..quantize.oracle import Choice
 from ..quantize.oracle import ask as ask_types
 from ..quantize.plan import provenance
-from ..quants import QUANTS, TensorType
+from ..quants import QUANTS, QUANTS_BY_FTYPE, TensorType
 from ..roles import ROLES, role_of
 from . import fallback, oracle, resident
 from .parts import DERIVED, EXACT, MEASURED, REPACKED_PAGES, MemoryEstimate, Part, Variant
@@ -203,8 +203,8 @@ def _caches(layout: oracle.Layout) -> Iterator[Part]:
 def own_label(draft: GgufDraft) -> str:
     """The quant the model is in: as its header says, else the type of its first matrix."""
     stated = draft.metadata.get("general.file_type")
-    named = [row.name for row in QUANTS.values() if stated is not None and row.ftype == stated.data]
-    return named[0] if named else draft.own_type.name
+    named = QUANTS_BY_FTYPE.get(stated.data) if stated and isinstance(stated.data, int) else None
+    return named.name if named else draft.own_type.name
 
 
 def trained_context(draft: GgufDraft) -> int | None:

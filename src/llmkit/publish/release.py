@@ -19,7 +19,7 @@ from .. import gguf
 from ..errors import InvalidModel, LlmkitError, Unsupported
 from ..gguf import SPLIT_NAME, Array, GgufFile
 from ..model import quant_label
-from ..quants import QUANTS
+from ..quants import QUANTS, QUANTS_BY_FTYPE
 
 QUALITY = "llmkit.quality."
 REPOSITORY = re.compile(r"[A-Za-z0-9_.-]{1,96}/[A-Za-z0-9_.-]{1,96}")
@@ -224,10 +224,11 @@ def _row(file: GgufFile, sha256: Mapping[Path, str], release: Release) -> Row:
 
 def _label(file: GgufFile) -> str:
     """The file type it states, else the first word of its recipe, else the type most tensors have."""
-    number = file.get("general.file_type")
-    stated = next((row.name for row in QUANTS.values() if row.default and row.ftype == number), None)
+    stated = QUANTS_BY_FTYPE.get(file.get("general.file_type"))
     made = (_text(file, "llmkit.recipe") or "").split(" ")[0]
-    return stated or (made if made in QUANTS else _most_frequent(file))
+    if stated and stated.default:
+        return stated.name
+    return made if made in QUANTS else _most_frequent(file)
 
 
 def _most_frequent(file: GgufFile) -> str:

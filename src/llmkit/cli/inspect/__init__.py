@@ -25,7 +25,19 @@ EXAMPLES = (
 )
 
 # topic = module of this package → its one line of help, the first line of its docstring
-TOPICS: dict[str, str] = {}
+TOPICS: dict[str, str] = {
+    "tokens": "Show how models cut a text into tokens: ids, pieces, bytes, kinds; side by side for several models.",
+    "xray": "Show a prompt under X-rays: which tokens are system, user, assistant, and which the chat template's.",
+    "embeddings": "Show embeddings: a model's table of tokens, vectors of texts, and what quantization does to both.",
+    "temperature": "Show what the samplers do with the real logits after a text: stages, temperatures, softmax, draws.",
+    "branches": "Show how a text might go on: several continuations at once on one shared context, with probabilities.",
+    "lens": "Show what a model would say if it ended after each of its layers: the logit lens.",
+    "attention": "Show which tokens each head of a layer looks at: the attention weights of a running model.",
+    "layers": "Show the residual stream layer by layer, and what of a model can be inspected at all.",
+    "numbers": "Show what numbers become in FP32, BF16, FP16, FP8, INT8 …: their bits, the value they hold, the error.",
+    "quant": "Show how quantization packs weights: scales, codes, blocks in numbers, and what each type loses.",
+    "doubt": "Mark where an answer was unsure, and ask again to see whether the model says the same.",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
