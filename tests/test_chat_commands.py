@@ -81,6 +81,7 @@ def test_commands_change_the_conversation(begin: Begin, capsys: pytest.CaptureFi
         ("/edit what", LlmkitError, "Ask a question first"),
         ("/continue", LlmkitError, "Ask a question first"),
         ("/undo", LlmkitError, "Ask a question first"),
+        ("/undo 2", Unsupported, "nothing is expected after it, found '2'"),
         ("/branch 7", ModelNotFound, "no message '7'"),
         ("/branch a b", Unsupported, "expected a message's number"),
         ("/tokens", LlmkitError, "no answer yet"),
@@ -280,6 +281,19 @@ def test_ctrl_c_while_it_is_kept_waits(begin: Begin, monkeypatch: pytest.MonkeyP
     assert [each.id for each in talk.keeper.store.list()] == [1]
 
 
+def test_the_loaded_model_goes_on_with_what_another_said(begin: Begin, capsys: pytest.CaptureFixture[str]) -> None:
+    talk = begin("One.")
+    talk.chat.conversation.model = "/models/other.gguf"
+    talk.hold(["a", "/save trip"])
+    again = begin("One.", "Two.")
+    again.chat.conversation.model = "this.gguf"
+    again.hold(["/load trip", "b", "/model"])
+    shown = capsys.readouterr().err
+    assert "It was held with /models/other.gguf; this.gguf goes on with it." in shown
+    assert re.search(r"^model +this\.gguf$", shown, re.MULTILINE)
+    assert "chat this.gguf --load trip" in again.keeper.again(again.chat.conversation)
+
+
 def test_a_store_that_fails_is_told_once_and_the_talk_goes_on(
     begin: Begin, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -349,13 +363,14 @@ import os, sys
 from llmkit.backends.scripted import Scripted
 from llmkit.chat import Chat, Sampling
 from llmkit.chat.store import Store
-from llmkit.cli.chat.keeper import Keeper
+from llmkit.cli.chat import keeper
 from llmkit.cli.chat.talk import Talk
 
 chat = Chat(Scripted(["One.", "Two."]), sampling=Sampling(temperature=0), context=600)
 chat.conversation.model = "model.gguf"
-talk = Talk(chat, keeper=Keeper(Store(sys.argv[1])))
+talk = Talk(chat, keeper=keeper.Keeper(Store(sys.argv[1])))
 talk.keeper.watch(chat.conversation)
+keeper.EVERY = 0
 if sys.argv[2] == "loaded":
     talk.hold(["/load 1"])
     os.abort()
@@ -384,7 +399,7 @@ def test_an_engine_that_aborts_leaves_words_and_the_conversation(tmp_path: Path)
     assert "llmkit: error: the process died" in died.stderr
     assert "hint: The conversation is kept up to its last answer: llmkit chat model.gguf --load 1" in died.stderr
     kept = Store(tmp_path / "chats.sqlite").load(1)
-    assert [node.text for node in kept.tree.path()][:3] == ["first", "One.", "second"]
+    assert [node.text for node in kept.tree.path()] == ["first", "One.", "second", "Tw"]
     assert "kept up to its last answer: llmkit chat model.gguf --load 1" in run("loaded").stderr
     assert run("well").stderr.count("died") == 0
 
@@ -458,7 +473,7 @@ def test_a_receipt_of_any_answer(begin: Begin, tmp_path: Path) -> None:
     talk = begin("One.", "Two.")
     talk.hold(["a", "b", f"/receipt {tmp_path / 'last.html'}", f"/receipt 1 '{tmp_path / 'first one.json'}'"])
     first = json.loads((tmp_path / "first one.json").read_text(encoding="utf-8"))
-    assert first["answer"]["node"] == 1 and "Two." in (tmp_path / "last.html").read_text(encoding="utf-8")
+    assert first["answer"]["node"] == 1 and '"node": 3' in (tmp_path / "last.html").read_text(encoding="utf-8")
     for wrong in ("/receipt 0", "/receipt 99"):
         with pytest.raises(LlmkitError):
             talk.hold([wrong])

@@ -19,7 +19,8 @@ import pytest
 import gemma3_material
 import make_tiny_model
 from conftest import GgufOf, TinyCheckpoint
-from llmkit.backends import Part, llamacpp, llamacpp_session
+from llmkit.backends import Part, llamacpp
+from llmkit.backends.llamacpp import session as sessions
 from llmkit.backends.llamacpp import LlamaCpp
 
 FloatArray = npt.NDArray[np.float32]
@@ -152,7 +153,7 @@ def test_layers_do_not_depend_on_how_a_prompt_is_cut(smol: LlamaCpp, monkeypatch
     whole = smol.session(512, inspect=True)
     expected = whole.eval(tokens, layers=(0, 15), attention=(0, 15))
     whole.close()
-    monkeypatch.setattr(llamacpp_session, "_BATCH", 100)
+    monkeypatch.setattr(sessions, "_BATCH", 100)
     pieces = smol.session(512, inspect=True)
     found = pieces.eval(tokens, layers=(0, 15), attention=(0, 15))
     for layer in (0, 15):
@@ -165,7 +166,7 @@ def test_layers_do_not_depend_on_how_a_prompt_is_cut(smol: LlamaCpp, monkeypatch
 
 
 def test_twenty_tokens_in_batches_of_eight(smol: LlamaCpp, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llamacpp_session, "_BATCH", 8)
+    monkeypatch.setattr(sessions, "_BATCH", 8)
     session = smol.session(64, inspect=True)
     logits, parts = session.observe(FRANCE * 4, ["l_out-3", "l_out-29", "result_norm"], "all")
     assert logits.shape == (20, 49152)

@@ -46,7 +46,7 @@ def test_examples_in_help_parse(verb: str) -> None:
     topics = getattr(frame._load(verb), "TOPICS", {})
     for name in [verb, *(f"{verb} {topic}" for topic in topics)]:
         for example in frame._load(name.replace(" ", ".")).EXAMPLES:
-            command = shlex.split(example.partition("|")[0], comments=True)
+            command = shlex.split(re.split("[|<]", example)[0], comments=True)
             assert command[0] == "llmkit" and " ".join(command[1:]).startswith(name)
             called, module, rest = frame.chosen(command[1:])
             assert frame._verb_parser(called, module).parse_args(rest)

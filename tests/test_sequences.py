@@ -23,7 +23,7 @@ from conftest import GgufOf, TinyCheckpoint
 from llmkit.backends import Backend, Part, Rows, llamacpp
 from llmkit.backends.cells import Cells
 from llmkit.backends.llamacpp import LlamaCpp
-from llmkit.backends.llamacpp_session import LlamaCppSession
+from llmkit.backends.llamacpp.session import LlamaCppSession
 from llmkit.backends.scripted import Scripted
 from llmkit.errors import EngineError, Unsupported
 

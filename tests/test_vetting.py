@@ -124,7 +124,7 @@ def test_a_file_is_vetted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(engine, "run_in_child", counted)
     for _ in range(2):
         backends.load(path, n_threads=1).close()
-    assert calls == ["llmkit.backends.vetting:load_without_weights"]
+    assert calls == ["llmkit.backends.llamacpp.vetting:load_without_weights"]
     os.utime(path, ns=(1, 1))
     backends.load(path, n_threads=1).close()
     assert len(calls) == 2

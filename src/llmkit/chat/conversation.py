@@ -230,6 +230,12 @@ class Chat:
             start = Start(prepared, sampling, answer.variation, steps, position + 1, token)
         yield from self._answer(start, found.parent)
 
+    def write_down(self) -> None:
+        """Write what has come of the answer so far into the tree, while it comes: its end does so anyway."""
+        if self._generation is not None and self.tree.head is not None:
+            reading = self._generation.reading
+            self.tree.write(self.tree.head, reading.text, reading.thinking)
+
     # ── moving in the tree ──
 
     def undo(self) -> str:

@@ -22,6 +22,8 @@ ORDER = (
 # mirostat chooses by itself what to cut: llama.cpp (common/sampling.cpp) leaves all other stages out
 WITH_MIROSTAT = ("logit_bias", "grammar", "temperature")
 
+_LARGEST = 1e30  # what is computed with in float32 stays finite
+
 Kind = Literal["number", "count", "text", "names", "words", "biases"]
 
 
@@ -34,8 +36,8 @@ class Setting:
     what: str
     right: str
     off: float | str | tuple[object, ...] | None = None
-    least: float = -inf
-    most: float = inf
+    least: float = -_LARGEST
+    most: float = _LARGEST
 
     @property
     def option(self) -> str:
@@ -69,7 +71,7 @@ class Setting:
             kinds = (int,) if self.kind == "count" else (int, float)
             if not isinstance(value, kinds) or isinstance(value, bool) or isnan(value):
                 raise wrong
-            if not self.least <= value <= self.most or abs(value) == inf:
+            if not self.least <= value <= self.most:
                 raise wrong
         elif self.kind == "text" and not isinstance(value, str):
             raise wrong
@@ -287,7 +289,7 @@ def _check_biases(biases: object) -> None:
         if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], int)):
             raise Unsupported(f"logit-bias {pair}: expected {right}")
         token, bias = pair
-        if token < 0 or not isinstance(bias, (int, float)) or isnan(bias) or bias == inf:
+        if token < 0 or not isinstance(bias, (int, float)) or isnan(bias) or bias > _LARGEST or -inf < bias < -_LARGEST:
             raise Unsupported(f"logit-bias {token}:{bias}: expected a token's id and a number, or -inf to forbid it")
 
 

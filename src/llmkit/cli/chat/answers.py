@@ -58,7 +58,7 @@ def stream(
     steps: list[Step] = []
     stopped = False
     page = _Page(show)
-    output.status(dim("reading the prompt …"))
+    output.status(dim("reading …"))
     try:
         for step in said:
             if not steps:

@@ -32,6 +32,10 @@ def load(talk: Talk, name: str) -> None:
         raise Unsupported("/load: the name or number is missing", "/chats lists what is kept.")
     found = talk.keeper.load(line.unquoted(name))
     talk.keeper.keep(talk.chat)
+    loaded = talk.chat.conversation.model
+    if found.model and Path(found.model).name != Path(loaded).name:
+        output.note(f"It was held with {output.one_line(found.model)}; {output.one_line(loaded)} goes on with it.")
+    found.model = loaded
     talk.chat.resume(found)
     talk.keeper.tell_watch(found)
     tell_where(talk)

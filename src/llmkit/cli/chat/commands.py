@@ -39,6 +39,8 @@ def obey(talk: Talk, text: str) -> None:
     word, rest = (*text.split(maxsplit=1), "")[:2]
     if (command := COMMANDS.get(word)) is None:
         raise Unsupported(f"unknown command '{output.one_line(word, 40)}'", nearest_hint(word, COMMANDS))
+    if rest and " " not in command.usage:
+        raise Unsupported(f"{word}: nothing is expected after it, found '{output.one_line(rest.strip(), 40)}'")
     with nullcontext() if command.answers else line.aside():
         command.run(talk, rest.strip())
 

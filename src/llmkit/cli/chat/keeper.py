@@ -39,12 +39,15 @@ class Keeper:
         self._failed = False
         self._watch: subprocess.Popen[str] | None = None
 
-    def keep(self, chat: Chat, *, now: bool = True) -> None:
-        """Keep the conversation as it is; where not `now`, only if the last time is a while ago."""
+    @property
+    def due(self) -> bool:
+        """Whether the last time is a while ago."""
+        return time.monotonic() - self._kept > EVERY
+
+    def keep(self, chat: Chat) -> None:
+        """Keep the conversation as it is."""
         conversation = chat.conversation
         if self.store is None or not conversation.tree.nodes:
-            return
-        if not now and conversation.id is not None and time.monotonic() - self._kept < EVERY:
             return
         self._kept = time.monotonic()
         try:

@@ -115,7 +115,9 @@ class Talk:
     def _keep_sometimes(self) -> None:
         """With the first token, so that the question is not lost should the engine die, and again every few seconds."""
         turn = self.chat.turn
-        self.keeper.keep(self.chat, now=turn is not None and turn.generated == 1)
+        if turn is not None and (turn.generated == 1 or self.keeper.due):
+            self.chat.write_down()
+            self.keeper.keep(self.chat)
 
     def _make_room(self, full: ContextFull) -> None:
         """Let the user choose, for now and from now on. Raises `full` when the answer is to stop."""

@@ -3,7 +3,7 @@
 Norms by the file's metadata; the output matrix is the table of embeddings where a model ties the two. The matrix is
 read and multiplied a few rows at a time (table.py), so it is never whole in memory.
 Architectures differ here in details: what this gives is compared with the engine's logits before it is used
-(llamacpp_layers.py).
+(layers.py).
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .. import gguf
-from ..engine import Engine
-from ..errors import Unsupported
+from ... import gguf
+from ...engine import Engine
+from ...errors import Unsupported
 from .table import Table
 
 if TYPE_CHECKING:

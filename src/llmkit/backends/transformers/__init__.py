@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import checkpoint
-from ..errors import EngineError, InvalidModel, MissingDependency, Unsupported
-from ..progress import OnProgress, Progress, ignore
-from . import Grammar, ModelInfo, Pooling, TokenKind, choice, hf_tokenizer
-from .torch_session import TransformersSession
+from ... import checkpoint
+from ...errors import EngineError, InvalidModel, MissingDependency, Unsupported
+from ...progress import OnProgress, Progress, ignore
+from .. import Grammar, ModelInfo, Pooling, TokenKind, choice, hf_tokenizer
+from .session import TransformersSession
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .. import gguf
-from ..engine import Engine
-from ..errors import InvalidModel
+from ... import gguf
+from ...engine import Engine
+from ...errors import InvalidModel
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import engine
-from ..errors import EngineError, LlmkitError
+from ... import engine
+from ...errors import EngineError, LlmkitError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from .llamacpp import LlamaCpp
+    from . import LlamaCpp
 
-_PARSE = "llmkit.backends.llamacpp_grammar:parse"
+_PARSE = "llmkit.backends.llamacpp.grammar:parse"
 _TIMEOUT = 60.0
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
 _GBNF = 'A grammar is GBNF text with a rule named root, as: root ::= "yes" | "no"'

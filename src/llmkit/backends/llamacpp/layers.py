@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import EngineError, LlmkitError, Unsupported
+from ...errors import EngineError, LlmkitError, Unsupported
 from .tap import ATTENTION, ENTRIES, HIDDEN
 
 if TYPE_CHECKING:
-    from .llamacpp import LlamaCpp
+    from . import LlamaCpp
 
 _TOKENS = 4
 # The lens may be off by this much of the spread of the logits: the engine rounds activations to 8 bits

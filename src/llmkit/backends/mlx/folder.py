@@ -7,11 +7,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from .. import checkpoint, mlx_engine
-from ..errors import InvalidModel, Unsupported
-from ..mlx_engine import arguments
-from ..progress import OnProgress, Progress, ignore
-from .mlx_model import Parts
+from ... import checkpoint, mlx_engine
+from ...errors import InvalidModel, Unsupported
+from ...mlx_engine import arguments
+from ...progress import OnProgress, Progress, ignore
+from .model import Parts
 
 Stored = Mapping[str, checkpoint.StoredTensor]
 # dtype of the scales, bits, group → mode; only affine keeps scales as floats

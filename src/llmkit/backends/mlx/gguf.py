@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import engine, gguf, mlx_engine
-from ..errors import InvalidModel, Unsupported, nearest_hint
-from ..mlx_engine import arguments
-from ..progress import OnProgress, Progress, ignore
-from .mlx_model import Parts
+from ... import engine, gguf, mlx_engine
+from ...errors import InvalidModel, Unsupported, nearest_hint
+from ...mlx_engine import arguments
+from ...progress import OnProgress, Progress, ignore
+from .model import Parts
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import EngineError, Unsupported
-from . import Eval, Part, Rows
+from ...errors import EngineError, Unsupported
+from .. import Eval, Part, Rows
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from .transformers import Transformers
+    from . import Transformers
 
     Floats = NDArray[np.float32]
 

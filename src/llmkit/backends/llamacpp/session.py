@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from .. import engine
-from ..errors import EngineError, Unsupported
-from . import Eval, Part, Rows
-from .cells import Cells
+from ... import engine
+from ...errors import EngineError, Unsupported
+from .. import Eval, Part, Rows
+from ..cells import Cells
 from .tap import ATTENTION, HIDDEN, Tap, rows_of_attention
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from .llamacpp import LlamaCpp
+    from . import LlamaCpp
 
     Floats = NDArray[np.float32]
 

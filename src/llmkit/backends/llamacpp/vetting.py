@@ -11,8 +11,8 @@ import hashlib
 import os
 from collections.abc import Mapping
 
-from .. import engine, gguf, settings
-from ..errors import InvalidModel
+from ... import engine, gguf, settings
+from ...errors import InvalidModel
 
 _TIMEOUT = 120.0
 # every class of character a tokenizer has rules for; the C0 control asks for byte tokens
@@ -26,7 +26,7 @@ def vet(file: gguf.GgufFile, model_params: Mapping[str, bool]) -> None:
         return
     try:
         engine.run_in_child(
-            function="llmkit.backends.vetting:load_without_weights",
+            function="llmkit.backends.llamacpp.vetting:load_without_weights",
             arguments={"path": str(file.path), "model_params": dict(model_params)},
             timeout=_TIMEOUT,
         )

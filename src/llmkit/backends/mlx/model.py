@@ -11,8 +11,8 @@ from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import mlx_engine
-from ..errors import InvalidModel, Unsupported
+from ... import mlx_engine
+from ...errors import InvalidModel, Unsupported
 
 if TYPE_CHECKING:
     import numpy as np

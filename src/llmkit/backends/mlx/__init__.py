@@ -1,7 +1,7 @@
 """Models on Apple's MLX, through the model definitions of mlx_lm: MLX's folders, checkpoint folders, GGUF files.
 
-A GGUF is read by llmkit (mlx_gguf.py) and its text by llama.cpp's own vocabulary, so tokens are the same on both
-backends; a folder by mlx_folder.py and hf_tokenizer.py. On a CPU everything is computed in float32; a GPU computes
+A GGUF is read by llmkit (gguf.py) and its text by llama.cpp's own vocabulary, so tokens are the same on both
+backends; a folder by folder.py and hf_tokenizer.py. On a CPU everything is computed in float32; a GPU computes
 folders in what they are stored in. Run on Linux CPUs only: Metal and CUDA are untested.
 """
 
@@ -17,13 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import checkpoint, engine, gguf, mlx_engine
-from ..errors import EngineError, Unsupported
-from ..progress import OnProgress, ignore
-from . import Grammar, ModelInfo, Pooling, Rows, TokenKind, hf_tokenizer, mlx_folder, mlx_gguf, mlx_model, vetting
-from .hf_tokenizer import HfTokenizer
-from .llamacpp import LlamaCpp
-from .mlx_session import MlxSession, one_at_a_time, require
+from ... import checkpoint, engine, gguf, mlx_engine
+from ...errors import EngineError, Unsupported
+from ...progress import OnProgress, ignore
+from .. import Grammar, ModelInfo, Pooling, Rows, TokenKind, hf_tokenizer
+from ..hf_tokenizer import HfTokenizer
+from ..llamacpp import LlamaCpp, vetting
+from . import folder as folders
+from . import gguf as packed
+from . import model as models
+from .session import MlxSession, one_at_a_time, require
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -41,15 +44,15 @@ def load(
     mlx = mlx_engine.load()
     device = "cpu" if gpu_layers == 0 else mlx.device
     if path.is_dir():
-        parts = mlx_folder.read(path, on_progress)
+        parts = folders.read(path, on_progress)
         tokenizer = hf_tokenizer.read(path, int(parts.arguments["vocab_size"]))
         return MlxBackend(path, parts, tokenizer, device=device)
     file = gguf.read(path)
-    parts = mlx_gguf.read(file, on_progress)
+    parts = packed.read(file, on_progress)
     return MlxBackend(path, parts, _vocabulary(file), device=device)
 
 
-def _describe(folder: Path, parts: mlx_model.Parts, tokenizer: HfTokenizer, engine_name: str) -> ModelInfo:
+def _describe(folder: Path, parts: models.Parts, tokenizer: HfTokenizer, engine_name: str) -> ModelInfo:
     """What is known of a folder; of a GGUF the engine tells."""
     origin, ends, arguments = checkpoint.origin_of(folder), tokenizer.ends, parts.arguments
     return ModelInfo(
@@ -91,7 +94,7 @@ def _vocabulary(file: gguf.GgufFile) -> LlamaCpp:
 class MlxBackend:
     """A Backend. Made by `load`."""
 
-    def __init__(self, path: Path, parts: mlx_model.Parts, text: LlamaCpp | HfTokenizer, *, device: str) -> None:
+    def __init__(self, path: Path, parts: models.Parts, text: LlamaCpp | HfTokenizer, *, device: str) -> None:
         self.path = path
         self.mlx = mlx_engine.load()
         self.module: Any = mlx_engine.architecture(parts.module)
@@ -100,10 +103,10 @@ class MlxBackend:
         self._device = self.mlx.core.cpu if device == "cpu" else self.mlx.core.gpu
         self._sessions: weakref.WeakSet[MlxSession] = weakref.WeakSet()
         with self._on_device():
-            self._model: Any = mlx_model.build(parts, path, float32=device == "cpu")
+            self._model: Any = models.build(parts, path, float32=device == "cpu")
         kinds = {str(each.dtype).rpartition(".")[2] for each in self.mlx.flatten(self._model.parameters()).values()}
         floats = sorted(kind for kind in kinds if "float" in kind)
-        self._entering = mlx_model.embedding_factor(parts) if floats == ["float32"] else 1.0
+        self._entering = models.embedding_factor(parts) if floats == ["float32"] else 1.0
         engine_name = f"MLX {self.mlx.version} ({device}, {' and '.join(floats)})"
         if isinstance(text, LlamaCpp):
             self.info = replace(text.info, engine=engine_name)

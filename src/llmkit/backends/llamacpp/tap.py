@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..engine import Engine
-from ..engine.symbols import TensorHead
-from ..errors import EngineError
+from ...engine import Engine
+from ...engine.symbols import TensorHead
+from ...errors import EngineError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

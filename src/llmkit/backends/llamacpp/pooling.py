@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import engine
-from ..errors import LlmkitError, Unsupported
-from . import Pooling
-from .llamacpp_session import Batch, Piece
+from ... import engine
+from ...errors import LlmkitError, Unsupported
+from .. import Pooling
+from .session import Batch, Piece
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from .llamacpp import LlamaCpp
+    from . import LlamaCpp
 
     Floats = NDArray[np.float32]
 

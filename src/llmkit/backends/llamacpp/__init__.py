@@ -1,8 +1,8 @@
 """GGUF models through llama.cpp: our own binding of the model on the engine's C functions.
 
 A file never seen before is first loaded without its weights in a child process, where the engine may crash as it
-likes. Contexts are in llamacpp_session.py, what may be seen of layers in llamacpp_layers.py, the way from the residual
-stream to logits in llamacpp_head.py, vectors of texts in llamacpp_pooling.py, grammars in llamacpp_grammar.py.
+likes. Contexts are in session.py, what may be seen of layers in layers.py, the way from the residual
+stream to logits in head.py, vectors of texts in pooling.py, grammars in grammars.py.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import engine, gguf, settings
-from ..errors import EngineError, InvalidModel, Unsupported
-from ..progress import OnProgress, Progress, ignore
-from . import ModelInfo, Pooling, TokenKind, llamacpp_grammar, llamacpp_layers, llamacpp_pooling, vetting
-from .llamacpp_head import Head
-from .llamacpp_session import LlamaCppSession
+from ... import engine, gguf, settings
+from ...errors import EngineError, InvalidModel, Unsupported
+from ...progress import OnProgress, Progress, ignore
+from .. import ModelInfo, Pooling, TokenKind
+from . import grammar as grammars
+from . import layers, pooling, vetting
+from .head import Head
+from .session import LlamaCppSession
 from .table import Table
 
 if TYPE_CHECKING:
@@ -106,7 +108,7 @@ class LlamaCpp:
         self._model: Any = model
         self._vocab = self.engine.llama.llama_model_get_vocab(model)
         self._has_vocabulary = self.engine.llama.llama_vocab_type(self._vocab) != _NO_VOCABULARY
-        self._sessions: weakref.WeakSet[LlamaCppSession | llamacpp_grammar.LlamaCppGrammar] = weakref.WeakSet()
+        self._sessions: weakref.WeakSet[LlamaCppSession | grammars.LlamaCppGrammar] = weakref.WeakSet()
         self._pieces: dict[int, bytes] = {}
         self.info = self._describe()
 
@@ -232,9 +234,9 @@ class LlamaCpp:
         )
 
     @cached_property
-    def shown(self) -> llamacpp_layers.Shown:
+    def shown(self) -> layers.Shown:
         """What can be seen of its layers, tried once."""
-        return llamacpp_layers.probe(self)
+        return layers.probe(self)
 
     @cached_property
     def head(self) -> Head:
@@ -249,12 +251,12 @@ class LlamaCpp:
 
     def pool(self, tokens: Sequence[int], how: Pooling | None = None) -> Floats:
         """See Backend. Of embedding models, the marks they expect around a text are added where they are missing."""
-        return llamacpp_pooling.vector(self, tokens, how or self.info.pooling or "mean")
+        return pooling.vector(self, tokens, how or self.info.pooling or "mean")
 
-    def grammar(self, text: str) -> llamacpp_grammar.LlamaCppGrammar:
+    def grammar(self, text: str) -> grammars.LlamaCppGrammar:
         """See Backend. Raises LlmkitError with the engine's words for text that is no GBNF."""
         self._require_vocabulary()
-        made = llamacpp_grammar.LlamaCppGrammar(self, text)
+        made = grammars.LlamaCppGrammar(self, text)
         self._sessions.add(made)
         return made
 

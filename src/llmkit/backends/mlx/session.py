@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import EngineError, Unsupported
-from . import Eval, Part, Rows
-from .cells import Cells
+from ...errors import EngineError, Unsupported
+from .. import Eval, Part, Rows
+from ..cells import Cells
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from .mlx import MlxBackend
+    from . import MlxBackend
 
     Floats = NDArray[np.float32]
 
