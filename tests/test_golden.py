@@ -20,8 +20,8 @@ import gemma3_material
 import make_tiny_model
 from conftest import GgufOf, TinyCheckpoint
 from llmkit.backends import Part, llamacpp
-from llmkit.backends.llamacpp import session as sessions
 from llmkit.backends.llamacpp import LlamaCpp
+from llmkit.backends.llamacpp import session as sessions
 
 FloatArray = npt.NDArray[np.float32]
 FRANCE = [504, 3575, 282, 4649, 314]  # "The capital of France is"

@@ -184,17 +184,17 @@ def block_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_repacked_blocks_are_bit_equal(name: str, block_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """MLX's own dequantization of what we packed is llama.cpp's of the blocks, and the package gguf's."""
     from llmkit import mlx_engine
-    from llmkit.backends.mlx import gguf as packed
+    from llmkit.backends.mlx import packing
 
     core = mlx_engine.load().core
     info = gguf.read(block_file).tensors[name]
     with monkeypatch.context() as patched:
-        patched.setattr(packed, "_CHUNK_WEIGHTS", 2000)  # in several parts
-        words, scales, biases = packed.repacked(info)
+        patched.setattr(packing, "_CHUNK_WEIGHTS", 2000)  # in several parts
+        words, scales, biases = packing.repacked(info)
     bits = 32 * words.shape[-1] // info.shape[-1]
     assert words.shape == (48, 512 * bits // 32) and scales.shape == biases.shape == (48, 16)
     found = core.dequantize(*map(core.array, (words, scales, biases)), group_size=32, bits=bits)
-    assert np.array_equal(np.array(found), packed.dequantized(info))  # every bit but the sign of zeros
+    assert np.array_equal(np.array(found), packing.dequantized(info))  # every bit but the sign of zeros
     oracle = next(tensor for tensor in gguf_oracle.GGUFReader(block_file).tensors if tensor.name == name)
     dense = gguf_oracle.quants.dequantize(oracle.data, oracle.tensor_type)
     assert np.array_equal(np.array(found), dense)
@@ -203,14 +203,14 @@ def test_repacked_blocks_are_bit_equal(name: str, block_file: Path, monkeypatch:
 def test_what_mlx_itself_reads_of_q4_k_is_wrong(block_file: Path, tmp_path: Path) -> None:
     """Why mlx.core.load is never asked; when this fails, MLX has been put right."""
     from llmkit import mlx_engine
-    from llmkit.backends.mlx import gguf as packed
+    from llmkit.backends.mlx import packing
 
     info = gguf.read(block_file).tensors["Q4_K"]
     alone = tmp_path / "alone.gguf"
-    gguf_writer.write(alone, {}, [("w.weight", info.shape, info.type, packed.stored_rows(info).tobytes())])
+    gguf_writer.write(alone, {}, [("w.weight", info.shape, info.type, packing.stored_rows(info).tobytes())])
     mlx = mlx_engine.load()
     found = mlx.to_numpy(mlx.core.load(str(alone))["w.weight"])
-    expected = packed.dequantized(info)
+    expected = packing.dequantized(info)
     rows = np.abs(expected).max(1) < 100  # float16 holds these
     wrong = np.sqrt(((found - expected)[rows] ** 2).sum() / (expected[rows] ** 2).sum())
     assert wrong > 0.1
@@ -222,14 +222,14 @@ def test_quantized_files_run_with_their_own_weights(
 ) -> None:
     """Logits are those of the file's weights dequantized to float32 (llama.cpp rounds activations, MLX does not)."""
     from llmkit import convert, quantize
-    from llmkit.backends.mlx import gguf as packed
+    from llmkit.backends.mlx import packing
 
     folder = tiny_checkpoint("llama", dtype="f32", width=256)
     recipe = quantize.Recipe(quants.quant(kind))
     quantize.run(quantize.plan(convert.open_draft(folder), [recipe], tmp_path, file=tmp_path / "q.gguf"), threads=1)
     file = gguf.read(tmp_path / "q.gguf")
     dense = [
-        (info.name, info.shape, quants.F32, packed.dequantized(info).tobytes()) for info in file.tensors.values()
+        (info.name, info.shape, quants.F32, packing.dequantized(info).tobytes()) for info in file.tensors.values()
     ]
     gguf_writer.write(tmp_path / "dense.gguf", file.metadata, dense)
     expected = opened(tmp_path / "dense.gguf").session(32).eval(tokens(20), logits="all").logits

@@ -1,6 +1,6 @@
 """Models on Apple's MLX, through the model definitions of mlx_lm: MLX's folders, checkpoint folders, GGUF files.
 
-A GGUF is read by llmkit (gguf.py) and its text by llama.cpp's own vocabulary, so tokens are the same on both
+A GGUF is read by llmkit (packing.py) and its text by llama.cpp's own vocabulary, so tokens are the same on both
 backends; a folder by folder.py and hf_tokenizer.py. On a CPU everything is computed in float32; a GPU computes
 folders in what they are stored in. Run on Linux CPUs only: Metal and CUDA are untested.
 """
@@ -24,8 +24,8 @@ from .. import Grammar, ModelInfo, Pooling, Rows, TokenKind, hf_tokenizer
 from ..hf_tokenizer import HfTokenizer
 from ..llamacpp import LlamaCpp, vetting
 from . import folder as folders
-from . import gguf as packed
 from . import model as models
+from . import packing
 from .session import MlxSession, one_at_a_time, require
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def load(
         tokenizer = hf_tokenizer.read(path, int(parts.arguments["vocab_size"]))
         return MlxBackend(path, parts, tokenizer, device=device)
     file = gguf.read(path)
-    parts = packed.read(file, on_progress)
+    parts = packing.read(file, on_progress)
     return MlxBackend(path, parts, _vocabulary(file), device=device)
 
 
