@@ -14,14 +14,17 @@ help:  ## this list
 demo: $(VENV)/.demo  ## install llmkit and see it at work on a small model
 	$(IN)/llmkit demo
 
+# a process for each core, a file of tests at a time; every test computes with one thread
+PARALLEL := -n logical --maxprocesses 4 --dist loadfile
+
 test: $(VENV)/.test  ## run all the tests, the slow ones too
-	$(IN)/python -m pytest -m "not network"
+	$(IN)/python -m pytest $(PARALLEL) -m "not network"
 
 check: $(VENV)/.test  ## format, lint, types and the quick tests: before every commit
 	$(IN)/ruff format --check $(SOURCES)
 	$(IN)/ruff check $(SOURCES)
 	$(IN)/mypy
-	$(IN)/python -m pytest -m "not slow and not network"
+	$(IN)/python -m pytest $(PARALLEL) -m "not slow and not network"
 
 fix: $(VENV)/.test  ## let ruff put format and simple findings right
 	$(IN)/ruff check --fix $(SOURCES)

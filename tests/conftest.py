@@ -25,6 +25,7 @@ os.environ.update(
     HF_HUB_DISABLE_PROGRESS_BARS="1",
     TOKENIZERS_PARALLELISM="false",
     OMP_NUM_THREADS="1",
+    TERM="xterm-256color",
 )
 
 TinyCheckpoint = Callable[..., Path]

@@ -421,6 +421,7 @@ def test_the_meter_counts_what_is_typed(begin: Begin) -> None:
     assert talk.chat.turn is not None
     assert f" {talk.chat.turn.prompt} of 600 · {600 - talk.chat.turn.prompt} free" in asked
     assert "too many" in context.live(talk.chat, "x" * 700)
+    assert " of 600 + this long question · " in context.live(talk.chat, "x" * 20_000)  # not counted with each key
 
 
 def test_reasoning_is_folded(capsys: pytest.CaptureFixture[str], begin: Begin) -> None:

@@ -258,10 +258,14 @@ class Terminal(io.StringIO):
 
 def test_colours_only_on_terminals_that_want_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
     assert output.paint("x", colour=31, stream=Terminal()) == "\x1b[38;5;31mx\x1b[0m"
     assert output.paint("x", colour=31, bold=True, stream=Terminal()) == "\x1b[1;38;5;31mx\x1b[0m"
     assert output.paint("x", colour=31, stream=io.StringIO()) == "x"
     monkeypatch.setenv("NO_COLOR", "1")
+    assert output.paint("x", colour=31, stream=Terminal()) == "x"
+    monkeypatch.delenv("NO_COLOR")
+    monkeypatch.setenv("TERM", "dumb")
     assert output.paint("x", colour=31, stream=Terminal()) == "x"
 
 

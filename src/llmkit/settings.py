@@ -42,8 +42,13 @@ def debug() -> bool:
 
 
 def colour_allowed() -> bool:
-    """Whether colours may be printed: NO_COLOR (no-color.org) forbids them."""
-    return not os.environ.get("NO_COLOR")
+    """Whether colours may be printed: NO_COLOR (no-color.org) forbids them, and a dumb terminal knows none."""
+    return not os.environ.get("NO_COLOR") and not dumb_terminal()
+
+
+def dumb_terminal() -> bool:
+    """Whether the terminal knows no escape sequences (TERM=dumb)."""
+    return os.environ.get("TERM") == "dumb"
 
 
 def threads() -> int:

@@ -49,8 +49,13 @@ def note(text: str) -> None:
 
 def status(text: str) -> None:
     """On a terminal, a line on stderr that the next one replaces, unless quiet; an empty one takes it away."""
-    if not _quiet and sys.stderr.isatty():
+    if _may_draw(sys.stderr):
         print(f"{_CLEAR_LINE}{text}", end="", file=sys.stderr, flush=True)
+
+
+def _may_draw(stream: TextIO) -> bool:
+    """Whether lines that replace each other may be written there."""
+    return not _quiet and stream.isatty() and not settings.dumb_terminal()
 
 
 def error(message: str, hint: str | None = None) -> None:
@@ -228,7 +233,7 @@ class ProgressBar:
     def __init__(self, stream: TextIO | None = None, interval: float = 0.1) -> None:
         self._stream = stream or sys.stderr
         self._interval = interval
-        self._enabled = self._stream.isatty() and not _quiet
+        self._enabled = _may_draw(self._stream)
         self._stage: str | None = None
         self._first = (0.0, 0)
         self._drawn = -math.inf

@@ -32,18 +32,20 @@ def live(chat: Chat, typed: str) -> str:
     from ...chat import Message
     from ...errors import LlmkitError
 
-    used = chat.used
+    used, more = chat.used, ""
     question = typed.strip()
-    small = len(question) + sum(len(message.text) for message in chat.messages) < _LIVE
-    if question and not question.startswith("/") and small:
-        try:
-            used = chat.cost([*chat.in_context, Message("user", question)])
-        except LlmkitError:  # said when the question is asked
-            pass
+    if question and not question.startswith("/"):
+        if len(question) + sum(len(message.text) for message in chat.messages) < _LIVE:
+            try:
+                used = chat.cost([*chat.in_context, Message("user", question)])
+            except LlmkitError:  # said when the question is asked
+                pass
+        else:
+            more = " + this long question"
     free = chat.total - used
     state = f"{free:,} free" if free >= 0 else f"{-free:,} too many"
     help = "" if question else " · /help"
-    return f" context {line(used, chat.total)} · {state}{help} · {output.one_line(chat.backend.info.name, 30)}"
+    return f" context {line(used, chat.total)}{more} · {state}{help} · {output.one_line(chat.backend.info.name, 30)}"
 
 
 def show(talk: Talk, _: str) -> None:
