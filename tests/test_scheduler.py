@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -64,7 +66,7 @@ def start() -> Iterator[Start]:
     """Maker of schedulers that are closed at the end."""
     made: list[Scheduler] = []
 
-    def make(backend: Backend, *, context: int = 4096, **options: int) -> Scheduler:
+    def make(backend: Backend, *, context: int = 4096, **options: Any) -> Scheduler:
         made.append(Scheduler(backend, context=context, **options))
         return made[-1]
 
@@ -185,6 +187,17 @@ def test_echo_tells_what_the_model_thought_of_the_prompt(start: Start) -> None:
     assert max(len(part.tokens) for part in wide) <= 64
 
 
+def test_several_echoes_keep_no_more_rows_than_one(start: Start) -> None:
+    backend = Watched("x")
+    scheduler = start(backend)
+    sampling = replace(GREEDY, max_tokens=1)
+    jobs = [scheduler.submit(asked(backend, f"{i}" * 300 + "<assistant>", sampling, echo=True)) for i in range(3)]
+    for job in jobs:
+        assert sum(len(event.steps) for event in job.events if isinstance(event, Echo)) == 301
+    rows = [sum(len(part.tokens) for part in parts if part.logits == "all") for parts in backend.rounds]
+    assert max(rows) <= 64
+
+
 def test_what_cannot_be_asked(start: Start) -> None:
     backend = Watched("a")
     scheduler = start(backend, context=100)
@@ -205,7 +218,7 @@ def test_what_cannot_be_asked(start: Start) -> None:
 def test_a_long_prompt_does_not_stop_an_answer(start: Start) -> None:
     """While it is read, every round has the other's next token, and no more of the prompt than a chunk."""
     backend = Watched("y" * 100)
-    scheduler = start(backend)
+    scheduler = start(backend, chunk=128, round_ms=1e9)
     late: list[Job] = []
 
     def newcomer(number: int) -> None:
@@ -217,15 +230,32 @@ def test_a_long_prompt_does_not_stop_an_answer(start: Start) -> None:
     collect(late[0])
     assert len(steps) == 101
     beside = [parts for parts in backend.rounds[5:100] if any(len(part.tokens) > 1 for part in parts)]
-    assert len(beside) == -(-1001 // CHUNK)
+    assert len(beside) == -(-1001 // 128)
     for parts in beside:
         assert sorted(len(part.tokens) for part in parts)[0] == 1
-        assert tokens_of(parts) <= CHUNK + 1
+        assert tokens_of(parts) <= 128 + 1
+
+
+def test_prompts_take_less_of_a_round_where_they_are_slow(start: Start) -> None:
+    """No round beside answers is to be longer than asked for, as far as the last ones tell."""
+    backend = Watched("y" * 400)
+    scheduler = start(backend, round_ms=0.0)
+    late: list[Job] = []
+
+    def newcomer(number: int) -> None:
+        if number == 5:
+            late.append(scheduler.submit(asked(backend, "z" * 1000 + "<assistant>")))
+
+    backend.before = newcomer
+    collect(scheduler.submit(asked(backend, "?" * 50 + "<assistant>")))
+    collect(late[0])
+    assert {len(part.tokens) for parts in backend.rounds[5:30] for part in parts} == {1, 32}
+    assert len(backend.rounds[0][0].tokens) == 51
 
 
 def test_a_short_prompt_does_not_wait_for_a_long_one(start: Start) -> None:
     backend = Watched("ab")
-    scheduler = start(backend, context=8192)
+    scheduler = start(backend, context=8192, round_ms=1e9)
     with Gate(backend) as gate:
         first = scheduler.submit(asked(backend, "q<assistant>"))
         assert gate.reached.wait(PATIENCE)
@@ -374,6 +404,41 @@ def test_answers_under_way_never_lack_room(start: Start) -> None:
     assert [scheduler.stats().cells_used] == used
 
 
+@pytest.mark.parametrize("can_rewind", [True, False])
+def test_books_are_kept_whatever_comes(start: Start, can_rewind: bool) -> None:
+    """Prompts with common beginnings, seeds, cancellations, too little room: held, counted and promised cells agree."""
+    backend = Watched("the answer", can_rewind=can_rewind)
+    scheduler = start(backend, context=160, slots=4, queue=1000)
+    chance = random.Random(4)
+    jobs: list[Job] = []
+
+    def check(number: int) -> None:
+        slots, session = scheduler._held, backend.sessions[-1]
+        assert slots is not None and len(backend.sessions) == 1
+        assert [slot.tokens for slot in slots.all] == session.held
+        assert slots.used == session._cells.used
+        assert slots.used + sum(slot.owed for slot in slots.all) <= 160
+        if number % 3 == 0:
+            for _ in range(chance.randrange(4)):
+                text = "".join(chance.choice(("aaaaaaaa", "bbbb")) for _ in range(chance.randrange(1, 9)))
+                seed, most = chance.choice((None, None, 5)), chance.choice((None, 3, 30))
+                sampling = replace(GREEDY, seed=seed, max_tokens=most)
+                jobs.append(scheduler.submit(asked(backend, text + "<assistant>", sampling)))
+        if number % 5 == 0:
+            chance.choice(jobs).cancel()
+
+    backend.before = lambda number: check(number) if number < 600 else None
+    jobs.append(scheduler.submit(asked(backend, "?<assistant>")))
+    for job in jobs:
+        steps, ended = collect(job)
+        if not job.cancelled:
+            assert text_of(steps) == ("the" if ended.finish == "length" else "the answer")
+    stats = scheduler.stats()
+    assert len(jobs) > 100 and stats.ended > 50 and stats.cancelled > 10 and stats.failed == 0
+    assert stats.reused_tokens > 0 or not can_rewind
+    assert stats.cells_reserved == 0
+
+
 def test_an_answer_without_an_end_of_its_own_gets_what_is_left(start: Start) -> None:
     backend = Watched("y" * 10_000)
     scheduler = start(backend, context=600, slots=4)
@@ -508,7 +573,7 @@ QUESTIONS = (
     "Tell me a story about a dog.", "What is 12 times 12?", "How do I boil an egg?", "Who wrote Hamlet?",
 )  # fmt: skip
 # Engines round by how many tokens are evaluated at once, more where activations are quantized: measured on two CPUs,
-# greedy answers of SmolLM2 in F32 part only where the two best logits are within 0.008, in Q4_1 within 0.17
+# greedy answers of SmolLM2 in F32 part only where the two best logits are within 0.008, in Q4_1 within 0.08
 NEAR = {"f32": 1e-2, "q4_1": 0.3}
 
 
@@ -555,10 +620,14 @@ def test_eight_at_once_say_what_each_says_alone(smol: Backend, start: Start) -> 
     assert stats.reused_tokens > 0 and stats.cells_reserved == 0
 
 
-def test_in_f32_rounding_is_within_a_hundredth(tiny_checkpoint: TinyCheckpoint, gguf_of: GgufOf, start: Start) -> None:
-    backend = backends.load(gguf_of(tiny_checkpoint("llama"), "f32"), n_threads=1)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_in_f32_rounding_is_within_a_hundredth(
+    family: str, tiny_checkpoint: TinyCheckpoint, gguf_of: GgufOf, start: Start
+) -> None:
+    """gemma3 has sliding windows: what slid out of one must not be missed where a beginning is shared."""
+    backend = backends.load(gguf_of(tiny_checkpoint(family), "f32"), n_threads=1)
     scheduler = start(backend, slots=8, context=2048)
-    prompts = [tuple((7 * i + 3 * k) % backend.info.n_vocab for k in range(20 + i)) for i in range(8)]
+    prompts = [tuple((7 * (i // 2) + 3 * k) % backend.info.n_vocab for k in range(40 + 3 * i)) for i in range(8)]
     requests = [Request(prompt, replace(GREEDY, max_tokens=40), n_alternatives=2) for prompt in prompts]
     alone = [collect(scheduler.submit(request))[0] for request in requests]
     jobs = [scheduler.submit(request) for request in requests]

@@ -134,6 +134,17 @@ def test_rewinding_equals_a_fresh_session(tiny: Backend) -> None:
     assert np.allclose(session.eval(tokens).logits, tiny.session(64).eval(tokens).logits)
 
 
+def test_a_beginning_counts_once_whoever_has_it(tiny: Backend) -> None:
+    session = tiny.session(32, sequences=3)
+    session.eval(ids(20), logits="none")
+    session.share(0, 1)
+    session.share(0, 2)
+    session.rewind(0)  # the lender forgets it, the two borrowers hold it together
+    session.eval_parts([Part(1, ids(6)), Part(2, ids(6))])
+    with pytest.raises(EngineError, match="holds 32 of 32"):
+        session.eval(ids(1))
+
+
 def test_sequences_that_share_a_beginning_equal_separate_runs(tiny: Backend) -> None:
     tokens = ids(20)
     session = tiny.session(32, sequences=4)

@@ -89,14 +89,14 @@ class ChatTemplate:
             if not _mergeable(messages):
                 raise
             text = None
-        if text is not None and (not _mergeable(messages) or self._shows_system(messages, now)):
+        if text is not None and (not _mergeable(messages) or self._shows_system(messages, now, given)):
             return Prompt(text)
         return Prompt(self._render(_merged(messages), now, given), merged_system=True)
 
-    def _shows_system(self, messages: Sequence[Message], now: datetime | None) -> bool:
+    def _shows_system(self, messages: Sequence[Message], now: datetime | None, given: Mapping[str, Any]) -> bool:
         """Whether the template writes a system message at all: one that nothing else can contain is looked for."""
         marked = [replace(messages[0], text=_SENTINEL), *messages[1:]]
-        return _SENTINEL in self._render(marked, now, {"add_generation_prompt": False, "tools": None})
+        return _SENTINEL in self._render(marked, now, {**given, "add_generation_prompt": False})
 
     def _render(self, messages: Sequence[Message], now: datetime | None, given: Mapping[str, Any]) -> str:
         import jinja2

@@ -107,12 +107,12 @@ class Engine:
         lines: list[str] = []
         self.llama.llama_log_set(self._log_callback, None)  # another user of the library may have set its own
         self.log.flush()  # what was begun before is not ours
-        self.log.listeners.append(lines)
+        self.log.add(lines)
         try:
             yield lines
         finally:
             self.log.flush()
-            self.log.listeners = [other for other in self.log.listeners if other is not lines]
+            self.log.remove(lines)
 
     def error(self, what: str, lines: list[str] | None = None, hint: str | None = None) -> EngineError:
         """An EngineError with the last few telling log lines attached (of `lines`, else of the process)."""
@@ -158,7 +158,7 @@ class Log:
     def __init__(self) -> None:
         self.recent: deque[str] = deque(maxlen=_KEPT_LINES)
         self.count = 0  # of all lines there ever were
-        self.listeners: list[list[str]] = []
+        self._listeners: list[list[str]] = []
         self.echo = _echo  # a file descriptor: a child process shows its last words there
         self._pending = ""
         self._lock = threading.Lock()
@@ -174,6 +174,16 @@ class Log:
         with self._lock:
             *lines, self._pending = (self._pending + piece).split("\n")
             self._keep(lines)
+
+    def add(self, listener: list[str]) -> None:
+        """Lines go there too from now on."""
+        with self._lock:
+            self._listeners.append(listener)
+
+    def remove(self, listener: list[str]) -> None:
+        """No longer."""
+        with self._lock:
+            self._listeners = [other for other in self._listeners if other is not listener]
 
     def flush(self) -> None:
         """Take an unfinished line for a line."""
@@ -191,7 +201,7 @@ class Log:
         lines = [line.rstrip() for line in lines if line.strip()]
         self.recent.extend(lines)
         self.count += len(lines)
-        for listener in self.listeners:
+        for listener in self._listeners:
             listener.extend(lines)
 
 

@@ -7,6 +7,7 @@ engine rounds a context up to 256 cells; ours is the size asked for, so the cell
 from __future__ import annotations
 
 import ctypes as C
+import threading
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -288,7 +289,7 @@ class LlamaCppSession:
         if self._tap is not None:
             self._tap.limit(lengths[0] + count)
         with self._engine.capture_log() as lines, engine.held_interrupts() as held:
-            if count > _SHORT:
+            if count > _SHORT and threading.current_thread() is threading.main_thread():  # nowhere else comes Ctrl-C
                 code = self._interruptible_decode(held)
             else:
                 code = self._engine.llama.llama_decode(self._context, self._batch.struct)

@@ -15,6 +15,7 @@ import numpy as np
 
 from ...errors import EngineError, Unsupported
 from .. import Eval, Part, Rows
+from ..cells import Cells
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,9 +37,7 @@ class TransformersSession:
         self._backend = backend
         self._inspecting = inspecting
         self._caches: list[Any] = [self._cache() for _ in range(sequences)]
-        self._lengths = [0] * sequences
-        # (sequence shared from, tokens shared): such a beginning counts once
-        self._shared: list[tuple[int, int]] = [(index, 0) for index in range(sequences)]
+        self._cells = Cells(sequences)
 
     def _cache(self) -> Any:
         config = self._backend.model.config
@@ -49,11 +48,11 @@ class TransformersSession:
     @property
     def n(self) -> int:
         """See Session."""
-        return self._lengths[0]
+        return self._cells.lengths[0]
 
     def length(self, sequence: int = 0) -> int:
         """See Session."""
-        return self._lengths[self._index(sequence)]
+        return self._cells.lengths[self._index(sequence)]
 
     def _index(self, sequence: int) -> int:
         if not self._caches:
@@ -90,13 +89,10 @@ class TransformersSession:
             if not part.tokens:
                 raise ValueError("expected one or more tokens")
             self._backend.check(part.tokens)
-        held = sum(length - shared for length, (_, shared) in zip(self._lengths, self._shared, strict=True))
         more = sum(len(part.tokens) for part in parts)
-        if held + more > self.context:
-            raise EngineError(
-                f"the context is full: it holds {held} of {self.context} tokens, {more} more were to follow",
-                "Use a larger context, or begin anew.",
-            )
+        if self._cells.used + more > self.context:
+            held = f"it holds {self._cells.used} of {self.context} tokens, {more} more were to follow"
+            raise EngineError(f"the context is full: {held}", "Use a larger context, or begin anew.")
 
     def _eval(
         self, sequence: int, tokens: Sequence[int], rows: Rows, layers: Sequence[int], attention: Sequence[int]
@@ -113,7 +109,7 @@ class TransformersSession:
             if keep:
                 logits.append(backend.array(result.logits[0, -keep:]))
             found.take(backend, result)
-            self._lengths[sequence] += len(chunk)
+            self._cells.append(sequence, len(chunk))
         empty = np.empty((0, backend.info.n_vocab), np.float32)
         return Eval(np.concatenate(logits) if logits else empty, *found.joined(len(tokens)))
 
@@ -127,7 +123,7 @@ class TransformersSession:
                     input_ids=ids, past_key_values=cache, use_cache=True, output_attentions=attention, **options
                 )
         except BaseException as error:
-            if not self._shorten(sequence, self._lengths[sequence]):
+            if not self._shorten(sequence, self._cells.lengths[sequence]):
                 self._shorten(sequence, 0)
             if isinstance(error, (RuntimeError, ValueError, TypeError, IndexError, MemoryError)):
                 raise EngineError(f"transformers failed to evaluate {len(chunk)} tokens: {error}") from error
@@ -135,13 +131,13 @@ class TransformersSession:
 
     def share(self, source: int, target: int) -> None:
         """See Session. Tensors are shared: going on makes new ones."""
-        length = self.length(source)
-        if self._index(target) == source:
+        if self._index(source) == self._index(target):
             return
         self._shorten(target, 0)
         cache = copy.copy(self._caches[source])
         cache.layers = [copy.copy(layer) for layer in cache.layers]
-        self._caches[target], self._lengths[target], self._shared[target] = cache, length, (source, length)
+        self._caches[target] = cache
+        self._cells.share(source, target)
 
     def rewind(self, n: int, sequence: int = 0) -> bool:
         """See Session."""
@@ -155,15 +151,12 @@ class TransformersSession:
         if n == 0:
             self._caches[sequence] = self._cache()
         elif not all(getattr(layer, "is_croppable", True) and not layer.is_sliding for layer in layers):
-            return n == self._lengths[sequence] and all(layer.get_seq_length() in (0, n) for layer in layers)
+            return n == self._cells.lengths[sequence] and all(layer.get_seq_length() in (0, n) for layer in layers)
         else:
             for layer in layers:
                 if (extra := layer.get_seq_length() - n) > 0:
                     layer.crop(-extra)
-        self._lengths[sequence] = n
-        for index, (source, shared) in enumerate(self._shared):
-            if sequence in (index, source):
-                self._shared[index] = (source, min(shared, n))
+        self._cells.rewind(sequence, n)
         return True
 
     def close(self) -> None:
