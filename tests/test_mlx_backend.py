@@ -228,9 +228,7 @@ def test_quantized_files_run_with_their_own_weights(
     recipe = quantize.Recipe(quants.quant(kind))
     quantize.run(quantize.plan(convert.open_draft(folder), [recipe], tmp_path, file=tmp_path / "q.gguf"), threads=1)
     file = gguf.read(tmp_path / "q.gguf")
-    dense = [
-        (info.name, info.shape, quants.F32, packing.dequantized(info).tobytes()) for info in file.tensors.values()
-    ]
+    dense = [(info.name, info.shape, quants.F32, packing.dequantized(info).tobytes()) for info in file.tensors.values()]
     gguf_writer.write(tmp_path / "dense.gguf", file.metadata, dense)
     expected = opened(tmp_path / "dense.gguf").session(32).eval(tokens(20), logits="all").logits
     backend = opened(tmp_path / "q.gguf")
