@@ -28,6 +28,9 @@ os.environ.update(
     TERM="xterm-256color",
 )
 
+# a run in a shell's background ignores Ctrl-C, and so would its children; tests send it
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 TinyCheckpoint = Callable[..., Path]
 GgufOf = Callable[[Path, str], Path]
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
