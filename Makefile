@@ -15,7 +15,7 @@ demo: $(VENV)/.demo  ## install llmkit and see it at work on a small model
 	$(IN)/llmkit demo
 
 # a process for each core, a file of tests at a time; every test computes with one thread
-PARALLEL := -n logical --maxprocesses 4 --dist loadfile
+PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/.test  ## run all the tests, the slow ones too
 	$(IN)/python -m pytest $(PARALLEL) -m "not network"
