@@ -348,3 +348,23 @@ def test_drawing_from_candidates_is_by_their_order() -> None:
     assert samplers.draw(candidates, 0.26)[0] == 10
     assert samplers.draw(candidates, 0.26)[1] == pytest.approx(0.75)
     assert samplers.draw(candidates, np.nextafter(1, 0))[0] == 10
+
+
+@pytest.mark.parametrize("row", ["ties", "steep", "flat", "masked"])
+def test_temperature_0_takes_what_all_stages_would_leave(row: str) -> None:
+    logits = {
+        "ties": np.array([1, 3, 3, 2], np.float32),
+        "steep": np.linspace(-1e30, 1e30, 999, dtype=np.float32),
+        "flat": np.zeros(77, np.float32),
+        "masked": np.array([-np.inf, -np.inf, -5, -np.inf], np.float32),
+    }[row]
+    sampler = Sampler(Sampling(temperature=0, top_n_sigma=1.0), backend=Scripted([]), seed=1)
+    left = sampler.trace(logits, [])[-1].candidates
+    choice = sampler.choose(logits, [])
+    assert left.ids.tolist() == [choice.token] and choice.probability == 1
+
+
+def test_temperature_0_refuses_what_is_no_number() -> None:
+    sampler = Sampler(Sampling(temperature=0), backend=Scripted([]), seed=1)
+    with pytest.raises(EngineError, match="not a number"):
+        sampler.choose(np.array([1, np.nan, 2], np.float32), [])

@@ -107,12 +107,22 @@ class Sampler:
                 raise Unsupported(f"logit-bias {token}: the model has tokens 0 to {backend.info.n_vocab - 1}")
         self._breakers = repetition.breakers(backend, sampling.dry_breakers) if "dry" in self.stages else None
         self._grammar = _grammar(sampling, backend) if "grammar" in self.stages else None
+        # then the most likely token is all that is left, and nothing else need be looked at
+        self._takes_the_best = (
+            sampling.temperature == 0 and "temperature" in self.stages and _KEEP_THE_BEST.issuperset(self.stages)
+        )
 
     def choose(self, logits: Floats, history: Sequence[int]) -> Choice:
         """The next token after `history` (the prompt and what has been generated), and go on to the one after it.
 
         Raises EngineError where the logits are no numbers, LlmkitError where the stages leave no token.
         """
+        if self._takes_the_best:
+            best = int(logits.argmax())  # the first NaN, if there is one
+            if not np.isfinite(logits[best]):
+                raise _nothing_left(logits)
+            self.accept(best, 1.0)
+            return Choice(best, 1.0)
         left = self.survivors(logits, history)
         if not len(left.ids) or not np.isfinite(left.logits.max()):
             raise _nothing_left(logits)
