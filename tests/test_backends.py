@@ -6,7 +6,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import gguf as gguf_oracle
@@ -24,13 +23,6 @@ from llmkit.progress import Progress
 FRANCE = [504, 3575, 282, 4649, 314]  # "The capital of France is"
 PARIS = 7042
 TOLERANCE = 3e-3  # other CPUs pick other kernels
-
-
-@pytest.fixture(scope="module")
-def smol(smollm2_gguf: Path) -> Iterator[Backend]:
-    backend = backends.load(smollm2_gguf, n_threads=1)
-    yield backend
-    backend.close()
 
 
 def probabilities(row: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:

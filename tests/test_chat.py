@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,7 +12,6 @@ from typing import Any, NoReturn
 import pytest
 
 from conftest import cli_environment
-from llmkit import backends
 from llmkit.backends import Backend, scripted
 from llmkit.backends.scripted import Scripted
 from llmkit.chat import Answer, Chat, Message, Sampling, Step
@@ -196,13 +194,6 @@ def test_the_meter_knows_that_the_context_holds_something_else() -> None:
 
 
 # ── the real thing ──
-
-
-@pytest.fixture(scope="module")
-def smol(smollm2_gguf: Path) -> Iterator[Backend]:
-    backend = backends.load(smollm2_gguf, n_threads=1)
-    yield backend
-    backend.close()
 
 
 def test_the_capital_of_france_in_two_turns(smol: Backend) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from itertools import combinations
 from math import exp, log, log2, nan
 from pathlib import Path
@@ -12,20 +11,12 @@ import numpy as np
 import pytest
 
 from conftest import Cli
-from llmkit import backends
 from llmkit.backends import Backend
 from llmkit.backends.scripted import Scripted
 from llmkit.chat import Chat, Sampling, Step
 from llmkit.errors import LlmkitError
 from llmkit.inspection import doubt
 from llmkit.inspection.doubt import HIGH, LOW
-
-
-@pytest.fixture(scope="module")
-def smol(smollm2_gguf: Path) -> Iterator[Backend]:
-    backend = backends.load(smollm2_gguf, n_threads=1)
-    yield backend
-    backend.close()
 
 
 def step(piece: bytes, probability: float, entropy: float = 0.0, finish: str | None = None) -> Step:

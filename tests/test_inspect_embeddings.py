@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -29,13 +29,6 @@ def table_of(path: Path) -> Floats:
     tensor = next(each for each in gguf_oracle.GGUFReader(path).tensors if each.name == "token_embd.weight")
     found: Floats = gguf_oracle.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
     return found
-
-
-@pytest.fixture(scope="module")
-def smol(smollm2_gguf: Path) -> Iterator[Backend]:
-    backend = backends.load(smollm2_gguf, n_threads=1)
-    yield backend
-    backend.close()
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,13 +16,6 @@ from llmkit.errors import LlmkitError, Unsupported
 from llmkit.inspection import tokens
 
 TEXTS = ("The capital of France is", "naïve 東京 🙂🏽\n\tend ", " leading", "a\0b\u200d\ufe0f", "<|im_start|>user\nHi")
-
-
-@pytest.fixture(scope="module")
-def smol(smollm2_gguf: Path) -> Iterator[Backend]:
-    backend = backends.load(smollm2_gguf, n_threads=1)
-    yield backend
-    backend.close()
 
 
 # ── pieces ──

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,6 @@ PARIS = 7042
 N_TOKENS = 40  # more than twice Gemma's window in these checkpoints
 # inspection.md §5: P(' Paris') after these layers
 PARIS_BY_LAYER = {24: 0.0000, 26: 0.0003, 27: 0.012, 28: 0.073, 29: 0.760}
-
-
-@pytest.fixture(scope="module")
-def smol(smollm2_gguf: Path) -> Iterator[Backend]:
-    backend = backends.load(smollm2_gguf, n_threads=1)
-    yield backend
-    backend.close()
 
 
 # ── the oracle ──

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmkit import backends
 from llmkit.backends import Backend
 from llmkit.backends.scripted import ASSISTANT, END, TEMPLATE, Scripted
 from llmkit.chat import Chat, ContextFull, Conversation, Message, Sampling, Step
@@ -251,13 +249,6 @@ def test_nothing_is_cut_silently(lengths: list[int], context: int, overflow: pol
 
 
 # ── the real thing ──
-
-
-@pytest.fixture(scope="module")
-def smol(smollm2_gguf: Path) -> Iterator[Backend]:
-    backend = backends.load(smollm2_gguf, n_threads=1)
-    yield backend
-    backend.close()
 
 
 @pytest.mark.slow

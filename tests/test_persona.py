@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from llmkit import backends, prompts
+from llmkit import prompts
 from llmkit.backends import Backend
 from llmkit.backends.scripted import END, Scripted
 from llmkit.chat import Chat, Conversation, Message, Persona, Sampling, persona
@@ -128,13 +128,6 @@ def test_a_kept_conversation_brings_its_persona() -> None:
     assert again.conversation.persona == TRANSCRIPT
     again.resume(Conversation())
     assert again.template.name == "model" and again.stop == ()
-
-
-@pytest.fixture(scope="module")
-def smol(smollm2_gguf: Path) -> Iterator[Backend]:
-    backend = backends.load(smollm2_gguf, n_threads=1)
-    yield backend
-    backend.close()
 
 
 def test_bob_on_a_real_model(smol: Backend) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from llmkit import __version__, backends, settings
+from llmkit import __version__, settings
 from llmkit.backends import Backend
 from llmkit.backends.scripted import Scripted
 from llmkit.chat import Chat, Sampling
@@ -21,13 +21,6 @@ from llmkit.inspection import hashes, receipt, receipt_html
 from llmkit.inspection.receipt import Receipt
 
 EVIL = "</script><script>alert(1)</script><img src=http://x/y onerror=alert(2)> & \"quotes\" 'too' \u202e\x1b[31m"
-
-
-@pytest.fixture(scope="module")
-def smol(smollm2_gguf: Path) -> Iterator[Backend]:
-    backend = backends.load(smollm2_gguf, n_threads=1)
-    yield backend
-    backend.close()
 
 
 @pytest.fixture(scope="module")

@@ -24,13 +24,6 @@ SAMPLING = Sampling(seed=4, max_tokens=MOST, temperature=1.1, dry_multiplier=0.5
 
 
 @pytest.fixture(scope="module")
-def smol(smollm2_gguf: Path) -> Iterator[Backend]:
-    backend = backends.load(smollm2_gguf, n_threads=1)
-    yield backend
-    backend.close()
-
-
-@pytest.fixture(scope="module")
 def chat(smol: Backend) -> Iterator[Chat]:
     chat = Chat(smol, sampling=SAMPLING, context=512)
     list(chat.say("What is the capital of France?"))

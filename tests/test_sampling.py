@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmkit import backends
 from llmkit.backends import Backend
 from llmkit.backends.scripted import Scripted
 from llmkit.chat import sampling
@@ -25,13 +23,6 @@ PLAIN = Sampling(temperature=1, top_k=0, top_p=1, min_p=0)
 
 def sampler(wanted: Sampling = PLAIN, seed: int = 11, turn: int = 0) -> Sampler:
     return Sampler(wanted, backend=BACKEND, seed=seed, turn=turn)
-
-
-@pytest.fixture(scope="module")
-def smol(smollm2_gguf: Path) -> Iterator[Backend]:
-    backend = backends.load(smollm2_gguf, n_threads=1)
-    yield backend
-    backend.close()
 
 
 def chi_square(drawn: np.ndarray, probabilities: np.ndarray) -> float:

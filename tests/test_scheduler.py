@@ -8,7 +8,6 @@ import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -575,13 +574,6 @@ QUESTIONS = (
 # Engines round by how many tokens are evaluated at once, more where activations are quantized: measured on two CPUs,
 # greedy answers of SmolLM2 in F32 part only where the two best logits are within 0.008, in Q4_1 within 0.08
 NEAR = {"f32": 1e-2, "q4_1": 0.3}
-
-
-@pytest.fixture(scope="module")
-def smol(smollm2_gguf: Path) -> Iterator[Backend]:
-    backend = backends.load(smollm2_gguf, n_threads=1)
-    yield backend
-    backend.close()
 
 
 def question(backend: Backend, text: str, sampling: Sampling, **options: object) -> Request:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from llmkit import backends
 from llmkit.backends import Backend
 from llmkit.chat.sampling import Sampler, Sampling
 from llmkit.cli import output
@@ -21,13 +18,6 @@ from llmkit.inspection.temperature import Place
 FRANCE = [504, 3575, 282, 4649, 314]
 PARIS, THE = 7042, 260
 GOLDEN = Sampling(temperature=1.5, top_k=40, typical_p=0.9, top_p=0.95, min_p=0.05, repeat_penalty=1.1)
-
-
-@pytest.fixture(scope="module")
-def smol(smollm2_gguf: Path) -> Iterator[Backend]:
-    backend = backends.load(smollm2_gguf, n_threads=1)
-    yield backend
-    backend.close()
 
 
 @pytest.fixture(scope="module")

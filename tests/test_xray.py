@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -36,13 +35,6 @@ USER_ONLY = (
 )
 REPEATING = "{% for m in messages %}{{ m.content }}={{ m.content }}<end>{% endfor %}"
 NO_SPACE = "{% for m in messages %}{{ m.role }}{{ m.content }}{% endfor %}"
-
-
-@pytest.fixture(scope="module")
-def smol(smollm2_gguf: Path) -> Iterator[Backend]:
-    backend = backends.load(smollm2_gguf, n_threads=1)
-    yield backend
-    backend.close()
 
 
 def words(seen: xray.XRay, message: int) -> str:

@@ -174,6 +174,11 @@ def amount(count: float, unit: str = "B") -> str:
     return size(count) if unit == "B" else f"{count:,.0f} {unit}".rstrip()
 
 
+def blocks(eighths: int) -> str:
+    """A bar of so many eighths of a column."""
+    return "█" * (eighths // 8) + "▏▎▍▌▋▊▉"[eighths % 8 - 1 : eighths % 8]
+
+
 def printable(text: str) -> str:
     """`text` with what drives a terminal escaped: control characters, surrogates, changes of writing direction."""
     if text.isascii() and text.isprintable():

@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from ...chat import Chat
     from .talk import Talk
 
-_EIGHTHS = " ▏▎▍▌▋▊▉█"
 _WORDS = 44  # characters of a message in the table
 _LIVE = 16_384  # characters of a conversation up to which what is being typed is counted with each key
 
@@ -18,8 +17,7 @@ _LIVE = 16_384  # characters of a conversation up to which what is being typed i
 def bar(used: int, total: int, width: int = 6) -> str:
     """A bar of `width` characters, drawn to an eighth of one; anything used shows."""
     eighths = min(8 * width, max(-(-8 * width * used // total) if used else 0, 0)) if total > 0 else 0
-    full, part = divmod(eighths, 8)
-    return ("█" * full + (_EIGHTHS[part] if part else "")).ljust(width, "·")
+    return output.blocks(eighths).ljust(width, "·")
 
 
 def line(used: int, total: int) -> str:

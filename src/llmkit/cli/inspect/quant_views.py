@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 _WORDS = ("post-training quantization", "weight-only", "dynamic quantization", "static quantization", "QAT")
 _FIRST = 8  # codes shown of a sub-block, weights of a scaling
 _SCALES = "each block has a scale of its own"
-_BARS = " ▏▎▍▌▋▊▉█"
 
 
 def show_textbook(cases: Sequence[Scaled]) -> None:
@@ -214,7 +213,7 @@ def _show_histogram(histogram: Histogram, kind: str) -> None:
 def bar(share: float, width: int) -> str:
     """A bar of `share` of `width` columns, in eighths; a sliver for anything above 0."""
     eighths = max(round(share * width * 8), 1 if share > 0 else 0)
-    return ("█" * (eighths // 8) + _BARS[eighths % 8]).strip()
+    return output.blocks(eighths)
 
 
 # ── words for numbers ──

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 _GAP = 2
 _SUGGESTED = 200  # characters of a text
-_EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -125,7 +124,7 @@ def tokens_of(backend: Backend, text: str, chat: bool) -> list[int]:
 def bar(share: float, width: int) -> str:
     """A bar of `width` columns, full at 1, in eighths of a column."""
     eighths = round(8 * width * min(max(share, 0.0), 1.0))
-    return ("█" * (eighths // 8) + (_EIGHTHS[eighths % 8] if eighths % 8 else "")).ljust(width)
+    return output.blocks(eighths).ljust(width)
 
 
 def heat(shown: HeatMap, *, colours: bool = True) -> None:
